@@ -1,0 +1,21 @@
+"""What a user can do wrong, one class per kind. Every message says what was given, what is allowed and what to do."""
+
+
+class FlashSVDError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class OptionError(FlashSVDError, ValueError):
+    """`torch.compile(..., backend="flashsvd", options=…, mode=…)` got a key or a value it does not know."""
+
+
+class FactorError(FlashSVDError, ValueError):
+    """Two factors, a bias or a rank do not describe a linear layer."""
+
+
+class FactorizeError(FlashSVDError, ValueError):
+    """`factorize` cannot start or go on; the model is as it was before the call."""
+
+
+class DeviceError(FlashSVDError, RuntimeError):
+    """A device, driver or compiler that was asked for is not there."""
