@@ -1,0 +1,201 @@
+"""`factorize`: a dense model becomes a factorized one, in place and in closed form."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect, replay
+from fsvd_compile.factorize.closed_form import best_factors
+from fsvd_compile.factorize.report import FactorizeReport, ModuleReport
+from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
+from fsvd_compile.factorized import LowRankLinear
+
+__all__ = ["FactorizeReport", "ModuleReport", "factorize"]
+
+
+def factorize(
+    model: nn.Module,
+    keep: Keep = 0.5,
+    *,
+    calibration: Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
+    select: Select = None,
+    progress: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> FactorizeReport:
+    """Replaces linear modules by `LowRankLinear`, in place, with the best factors for given data.
+
+    For each weight W `[m, n]` and the inputs X its module sees, the rank-r factors minimise
+    ||(W - U V) X||_F (see `closed_form.best_factors`; the optimum of SVD-LLM, arXiv 2403.07378).
+    Without calibration, and for modules no calibration token reaches, this is the
+    truncated SVD of W.
+
+    All factors are computed before the first module is swapped: whatever goes wrong, also an
+    interrupt, leaves the model as it was. Held in memory meanwhile: one n x n matrix of `dtype` per
+    distinct input of the selected modules, and the factors.
+
+    Args:
+        model: Any module; runs on the device and in the dtype it has, in evaluation mode, without
+            gradients.
+        keep: The share of parameters the selected weights keep, in (0, 1], or a mapping of glob
+            pattern to share: the first pattern that matches a module's name decides, modules
+            without one stay dense. r = int(m n keep / (m + n)); where that saves nothing the module
+            stays dense, and keep = 1 always means dense.
+        calibration: Batches: token tensors `[B, T]` (the model's first argument) or dicts of
+            keyword arguments. Tokens with a 0 in a `[B, T]` `attention_mask` do not count. `None`:
+            plain SVD.
+        select: A predicate `(name, module) -> bool` or glob patterns of module names. By default
+            every nn.Linear and transformers Conv1D except the output embeddings. Modules whose
+            weight is tied to another stay dense in any case.
+        progress: Show progress bars on stderr.
+        dtype: Of covariances and decompositions: float64, or float32 for half the memory, which
+            loses small eigenvalues (and more with TF32 enabled).
+
+    Returns:
+        Ranks, errors, what stayed dense and why; `print` it.
+
+    Raises:
+        FactorizeError: an argument is wrong, a weight or activation is NaN or inf, nothing is
+            selected, the model rejects a batch before or after the change, or a decomposition
+            fails. Nothing has changed.
+    """
+    start = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_keep(keep)
+    check_calibration(calibration)
+    if dtype not in (torch.float64, torch.float32):
+        raise FactorizeError(f"dtype={dtype} is not supported; use torch.float64 or torch.float32.")
+    chosen, dense = select_targets(model, keep, select)
+    targets = [target for target in chosen if target.rank is not None]
+    for target in chosen:
+        if target.rank is None:
+            m, n = target.weight.shape
+            dense[target.name] = f"no rank saves parameters at keep={target.keep:g} ([{m}, {n}])"
+        else:
+            _check_weights(target)
+
+    before = _count(model)
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        covariances, first = None, None
+        if calibration is not None and targets:
+            modules = {target.name: target.module for target in targets}
+            covariances, first = collect(
+                model,
+                modules,
+                calibration,
+                dtype=dtype,
+                progress=progress,
+                skip_logits=_output_layer(model) not in modules.values(),
+            )
+        replacements, reports = _compute(targets, covariances, dtype, progress)
+        _swap(model, replacements, training, first)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return FactorizeReport(
+        modules=tuple(reports),
+        dense=dense,
+        uncalibrated=tuple(r.name for r in reports if not r.tokens and calibration is not None),
+        parameters_before=before,
+        parameters_after=_count(model),
+        seconds=time.perf_counter() - start,
+    )
+
+
+# Inference tensors would be refused by autograd ever after.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _compute(
+    targets: list[Target], covariances: Covariances | None, dtype: torch.dtype, progress: bool
+) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport]]:
+    replacements: dict[nn.Module, LowRankLinear] = {}
+    reports: list[ModuleReport] = []
+    for target in tqdm(targets, "factorize", disable=not progress, unit="module"):
+        covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
+        weight = target.weight.to(dtype)
+        try:
+            with torch.autocast(weight.device.type, enabled=False):
+                u, v, error = best_factors(weight, covariance, target.rank)
+        except torch.linalg.LinAlgError as failure:
+            raise FactorizeError(
+                f"The eigendecomposition for {target.name!r} ({list(weight.shape)}, {dtype}) "
+                f"failed: {failure}. Use dtype=torch.float64, more calibration tokens, or leave "
+                "the module out with select=."
+            ) from failure
+        replacements[target.module] = _low_rank(target.module, u, v)
+        m, n = weight.shape
+        reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
+    return replacements, reports
+
+
+def _low_rank(module: nn.Module, u: torch.Tensor, v: torch.Tensor) -> LowRankLinear:
+    old = module.weight
+    made = LowRankLinear.from_factors(u.to(old.dtype), v.to(old.dtype), module.bias)
+    made.u.weight.requires_grad_(old.requires_grad)
+    made.v.weight.requires_grad_(old.requires_grad)
+    return made.train(module.training)
+
+
+def _swap(
+    model: nn.Module,
+    replacements: dict[nn.Module, LowRankLinear],
+    training: dict[nn.Module, bool],
+    batch: Any,
+) -> None:
+    """Puts the factors in place of every occurrence of the old modules, or changes nothing."""
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child in replacements
+    ]
+    try:
+        for parent, key, child in places:
+            setattr(parent, key, replacements[child])
+        if batch is not None:
+            # A model may read a linear's weight directly; better to hear of it now.
+            replay(model, batch)
+    except BaseException as error:
+        for parent, key, child in places:
+            setattr(parent, key, child)
+        if isinstance(error, Exception):
+            raise FactorizeError(
+                "The model ran with its dense modules but does not run with the factorized ones: "
+                f"{type(error).__name__}: {error}. Where a model reads an attribute of a linear "
+                "module directly (`.weight` in the traceback above), leave that module out with "
+                "select=."
+            ) from error
+        raise
+    for old, new in replacements.items():
+        new.train(training[old])
+
+
+def _check_weights(target: Target) -> None:
+    for key, parameter in target.module.named_parameters(recurse=False):
+        name = f"{target.name}.{key}"
+        if parameter.device.type == "meta":
+            raise FactorizeError(
+                f"{name} is on the meta device, it has no values; load the weights before "
+                "factorize."
+            )
+        if not torch.isfinite(parameter).all():
+            raise FactorizeError(
+                f"{name} holds NaN or inf; reload the checkpoint, or leave the module out with "
+                "select=."
+            )
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,84 @@
+"""The best rank-r factors of a weight, in closed form: pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Factors(NamedTuple):
+    """What `best_factors` returns.
+
+    Attributes:
+        u: `[out, rank]`, orthonormal columns.
+        v: `[rank, in]`.
+        error: Relative weighted error of `u @ v`, see `weighted_error`.
+    """
+
+    u: torch.Tensor
+    v: torch.Tensor
+    error: float
+
+
+def rank_for(keep: float, out_features: int, in_features: int) -> int | None:
+    """The rank at which the factors hold the share `keep` of the weight's parameters.
+
+    The formula is SVD-LLM's, `int(m n keep / (m + n))` (arXiv 2403.07378; `whitening` in
+    `SVDLLM.py` of AIoT-MLSys-Lab/SVD-LLM).
+
+    Returns:
+        The rank; `None` where no rank saves parameters: `keep` is 1, the formula gives 0 (a head
+        with one or two outputs), or r (m + n) >= m n.
+    """
+    m, n = out_features, in_features
+    rank = int(m * n * keep / (m + n))
+    if keep >= 1 or rank < 1 or rank * (m + n) >= m * n:
+        return None
+    return rank
+
+
+def best_factors(weight: torch.Tensor, covariance: torch.Tensor | None, rank: int) -> Factors:
+    """The rank-r factors that minimise ||(W - U V) X||_F over all U, V, given C = X X^T.
+
+    U holds the top eigenvectors of W C W^T and V = U^T W; the squared error is the sum of the
+    dropped eigenvalues. It is the optimum of SVD-LLM's whitening (arXiv 2403.07378), reached
+    without a Cholesky factor or an inverse, so a singular C (fewer tokens than features) is no
+    special case.
+
+    For out > in the m x m problem has rank n at most: with the thin QR W = Q R, W C W^T = Q (R C
+    R^T) Q^T, and only the n x n matrix in the middle is decomposed.
+
+    Args:
+        weight: W of shape `[out, in]`; its dtype is the dtype of the computation.
+        covariance: C of shape `[in, in]`, symmetric, same dtype and device; `None` is the identity,
+            which makes this the truncated SVD of W.
+        rank: 1 <= rank <= min(out, in).
+
+    Raises:
+        torch.linalg.LinAlgError: the eigendecomposition does not converge.
+    """
+    m, n = weight.shape
+    basis, core = torch.linalg.qr(weight) if m > n else (None, weight)
+    gram = core @ core.T if covariance is None else core @ covariance @ core.T
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values = values.clamp_min(0)  # rounding makes zero eigenvalues slightly negative
+    u = vectors[:, -rank:].flip(1)
+    if basis is not None:
+        u = basis @ u
+    total = values.sum()
+    error = (values[:-rank].sum() / total).sqrt().item() if total > 0 else 0.0
+    return Factors(u.contiguous(), u.T @ weight, error)
+
+
+def weighted_error(
+    weight: torch.Tensor, approximation: torch.Tensor, covariance: torch.Tensor | None
+) -> float:
+    """||(W - A) X||_F / ||W X||_F, given C = X X^T (`None`: X = I); all of one dtype."""
+
+    def energy(matrix: torch.Tensor) -> torch.Tensor:
+        weighted = matrix if covariance is None else matrix @ covariance
+        return (weighted * matrix).sum().clamp_min(0)
+
+    total = energy(weight)
+    return (energy(weight - approximation) / total).sqrt().item() if total > 0 else 0.0

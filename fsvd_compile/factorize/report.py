@@ -1,0 +1,111 @@
+"""What `factorize` did, module by module."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """One factorized module.
+
+    Attributes:
+        name: Dotted name in the model.
+        in_features: n of the weight `[m, n]`.
+        out_features: m of the weight.
+        rank: r of the factors `[m, r]` and `[r, n]`.
+        keep: The share of parameters that was asked for.
+        error: ||(W - U V) X||_F / ||W X||_F on the calibration tokens, before the factors are
+            rounded to the module's dtype; X = I without calibration.
+        tokens: Calibration tokens the module saw; 0 means plain SVD.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    keep: float
+    error: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorizeReport:
+    """The result of `factorize`; `print` it for a table with repeated layers folded into one line.
+
+    Attributes:
+        modules: The factorized modules, in model order.
+        dense: Linear modules that were left alone: name to reason.
+        uncalibrated: Names of factorized modules that no calibration token reached; plain SVD was
+            used.
+        parameters_before: Distinct parameters of the whole model before.
+        parameters_after: The same after.
+        seconds: Wall-clock time of the call.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    dense: dict[str, str]
+    uncalibrated: tuple[str, ...]
+    parameters_before: int
+    parameters_after: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rows = [("module", "count", "in", "out", "rank", "keep", "error", "tokens")]
+        for name, group in _fold(self.modules).items():
+            columns = [
+                [module.in_features for module in group],
+                [module.out_features for module in group],
+                [module.rank for module in group],
+                [f"{module.keep:g}" for module in group],
+                [f"{module.error:.4f}" for module in group],
+                [module.tokens for module in group],
+            ]
+            rows.append((name, str(len(group)), *map(_span, columns)))
+        lines = [
+            f"factorized {len(self.modules)} modules in {self.seconds:.1f} s; parameters "
+            f"{self.parameters_before:,} -> {self.parameters_after:,} "
+            f"({self.parameters_after / max(self.parameters_before, 1):.3f})"
+        ]
+        if self.modules:
+            lines += _align(rows)
+        if self.uncalibrated:
+            names = ", ".join(sorted({_pattern(name) for name in self.uncalibrated}))
+            lines.append(
+                f"plain SVD, no calibration token reached them ({len(self.uncalibrated)}): {names}"
+            )
+        reasons: dict[tuple[str, str], int] = {}
+        for name, reason in self.dense.items():
+            key = (_pattern(name), reason)
+            reasons[key] = reasons.get(key, 0) + 1
+        for (name, reason), count in reasons.items():
+            lines.append(f"dense: {name}" + (f" (x{count})" if count > 1 else "") + f": {reason}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _pattern(name: str) -> str:
+    """The name with layer numbers replaced: the same for all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def _fold(modules: tuple[ModuleReport, ...]) -> dict[str, list[ModuleReport]]:
+    groups: dict[str, list[ModuleReport]] = {}
+    for module in modules:
+        groups.setdefault(_pattern(module.name), []).append(module)
+    return groups
+
+
+def _span(values: list) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low}..{high}"
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]

@@ -1,0 +1,141 @@
+"""The common factorized module: every SVD family becomes `LowRankLinear`, y = U (V x) + b."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fsvd_compile.errors import FactorError
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer held as two factors: `forward(x) = u(v(x))`.
+
+    `v` and `u` are plain `nn.Linear`, so the traced graph is `linear(linear(x, V), U, b)`, the one
+    spelling all published families share, and parameter names are `<name>.v.weight`,
+    `<name>.u.weight` and `<name>.u.bias`. Sizes are read from the weights on every access: loaders
+    assign tensors whose rank differs from the one a module was built with, and a stored attribute
+    would then be wrong.
+
+    `v` may be one object in several modules (Basis Sharing, arXiv 2410.03765): `b.v = a.v`. Both
+    names appear in `state_dict()`; transformers' `save_pretrained` writes one copy.
+
+    Args:
+        in_features: Size n of the last dimension of the input.
+        out_features: Size m of the last dimension of the output.
+        rank: Inner size r; any integer of at least 1, also odd or above min(m, n).
+        bias: Whether `u` adds a bias of shape `[out_features]`.
+        device: Where the weights are made.
+        dtype: The dtype of both weights and the bias.
+
+    Attributes:
+        v: `nn.Linear(in_features, rank)`, weight `[rank, in_features]`.
+        u: `nn.Linear(rank, out_features)`, weight `[out_features, rank]`.
+
+    Raises:
+        FactorError: a size is not a positive integer.
+    """
+
+    # transformers asks every module for these and refuses to save shared tensors that are not named
+    # here.
+    _tied_weights_keys = {"v.weight": "v.weight"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": in_features, "out_features": out_features, "rank": rank}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise FactorError(f"LowRankLinear: {name}={size!r} has to be an int of at least 1.")
+        self.v = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.u = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls, u: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> LowRankLinear:
+        """The module for W = u @ v.
+
+        Args:
+            u: Of shape `[out_features, rank]`.
+            v: Of shape `[rank, in_features]`, same dtype and device as `u`.
+            bias: Of shape `[out_features]`, same dtype and device, or `None`.
+
+        Returns:
+            A module whose parameters share memory with the tensors given (no copy). Tensors that
+            are parameters already are taken as they are, so a `v` given twice is shared.
+
+        Raises:
+            FactorError: shapes, dtypes or devices do not fit together.
+        """
+        _check_factors(u, v, bias)
+        module = cls(v.shape[1], u.shape[0], u.shape[1], bias=bias is not None, device="meta")
+        module.v.weight = _parameter(v)
+        module.u.weight = _parameter(u)
+        if bias is not None:
+            module.u.bias = _parameter(bias)
+        return module
+
+    @property
+    def in_features(self) -> int:
+        return self.v.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.u.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.v.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return self.u(self.v(x))
+
+    def dense_weight(self) -> torch.Tensor:
+        """U V in fp32, of shape `[out_features, in_features]`, detached."""
+        return self.u.weight.detach().float() @ self.v.weight.detach().float()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+
+
+def _check_factors(u: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> None:
+    given = {"u": u, "v": v} | ({} if bias is None else {"bias": bias})
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise FactorError(f"from_factors: {name} is {kind}; it has to be a floating tensor.")
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in given.items())
+    if u.dim() != 2 or v.dim() != 2 or u.numel() == 0 or v.numel() == 0:
+        raise FactorError(
+            f"from_factors: {shapes}; u has to be [out_features, rank] and v [rank, in_features]."
+        )
+    if u.shape[1] != v.shape[0]:
+        swapped = v.shape[1] == u.shape[0]
+        hint = "u and v look swapped" if swapped else "one of them may be stored transposed"
+        raise FactorError(
+            f"from_factors: {shapes}; u is [out_features, rank] and v [rank, in_features], so "
+            f"u.shape[1] has to equal v.shape[0]; {hint}."
+        )
+    if bias is not None and tuple(bias.shape) != (u.shape[0],):
+        raise FactorError(
+            f"from_factors: {shapes}; bias has to be [out_features] = [{u.shape[0]}]."
+        )
+    for name, tensor in given.items():
+        if tensor.dtype != u.dtype or tensor.device != u.device:
+            raise FactorError(
+                f"from_factors: {name} is {tensor.dtype} on {tensor.device} but u is {u.dtype} on "
+                f"{u.device}; convert with {name}.to(u) first."
+            )

@@ -1,0 +1,146 @@
+"""LowRankLinear: shapes from tensors, refusal of wrong factors, sharing, saving, copying."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from harness import assert_close
+from torch import nn
+
+from fsvd_compile.errors import FactorError
+from fsvd_compile.factorized import LowRankLinear
+
+
+@pytest.mark.parametrize("m,n,r", [(8, 8, 3), (12, 5, 2), (5, 12, 4), (7, 9, 1), (4, 4, 11)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_product(m, n, r, bias):
+    module = LowRankLinear(n, m, r, bias=bias)
+    x = torch.randn(2, 3, n)
+    expected = x @ module.dense_weight().T + (module.u.bias if bias else 0)
+    assert_close("forward", module(x), expected, 1e-6)
+    assert (module.in_features, module.out_features, module.rank) == (n, m, r)
+    assert f"{n}, {m}, rank={r}" in repr(module)
+    assert (module.u.bias is not None) is bias and module.v.bias is None
+
+
+def test_sizes_follow_the_tensors_not_the_constructor():
+    module = LowRankLinear(8, 6, 5)
+    module.v.weight = nn.Parameter(torch.randn(3, 8))
+    module.u.weight = nn.Parameter(torch.randn(6, 3))
+    assert module.rank == 3
+    assert module(torch.randn(2, 8)).shape == (2, 6)
+
+
+def test_device_and_dtype():
+    module = LowRankLinear(8, 6, 5, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+    assert LowRankLinear(8, 6, 3, dtype=torch.float16).dense_weight().dtype == torch.float32
+
+
+def test_from_factors_takes_the_memory_it_is_given():
+    u, v, bias = torch.randn(6, 3), torch.randn(3, 8), torch.randn(6)
+    module = LowRankLinear.from_factors(u, v, bias)
+    assert module.u.weight.data_ptr() == u.data_ptr()
+    assert module.v.weight.data_ptr() == v.data_ptr()
+    assert_close("forward", module(v), v @ v.T @ u.T + bias, 1e-6)
+    assert LowRankLinear.from_factors(u, v).u.bias is None
+
+
+@pytest.mark.parametrize(
+    "u,v,bias,says",
+    [
+        ((6, 3), (4, 8), None, "u.shape[1]"),
+        ((3, 8), (6, 3), None, "look swapped"),
+        ((6,), (3, 8), None, "u has to be [out_features, rank]"),
+        ((6, 0), (0, 8), None, "u has to be [out_features, rank]"),
+        ((6, 3), (3, 8), (8,), "bias has to be [out_features] = [6]"),
+    ],
+)
+def test_from_factors_refuses_shapes(u, v, bias, says):
+    with pytest.raises(FactorError, match="from_factors: u ") as caught:
+        LowRankLinear.from_factors(
+            torch.randn(u), torch.randn(v), None if bias is None else torch.randn(bias)
+        )
+    assert says in str(caught.value)
+
+
+def test_from_factors_refuses_mixed_dtypes_and_kinds():
+    u, v = torch.randn(6, 3), torch.randn(3, 8)
+    with pytest.raises(FactorError, match=r"v is torch.float16 .* v.to\(u\)"):
+        LowRankLinear.from_factors(u, v.half())
+    with pytest.raises(FactorError, match=r"u is torch.int64"):
+        LowRankLinear.from_factors(u.long(), v)
+    with pytest.raises(FactorError, match="v is list"):
+        LowRankLinear.from_factors(u, v.tolist())
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+@pytest.mark.parametrize("which", ["in_features", "out_features", "rank"])
+def test_constructor_refuses_sizes(which, size):
+    sizes = {"in_features": 4, "out_features": 4, "rank": 2} | {which: size}
+    with pytest.raises(FactorError, match=f"{which}={size!r}"):
+        LowRankLinear(**sizes)
+
+
+def test_state_dict_names_and_round_trip():
+    module, other = LowRankLinear(8, 6, 3), LowRankLinear(8, 6, 3)
+    assert list(module.state_dict()) == ["v.weight", "u.weight", "u.bias"]
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, 8)
+    assert torch.equal(module(x), other(x))
+
+
+def test_deepcopy_and_pickle():
+    module = LowRankLinear(8, 6, 3)
+    x = torch.randn(2, 8)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), module(x))
+        assert twin.u.weight.data_ptr() != module.u.weight.data_ptr()
+
+
+def test_shared_v_stays_shared_in_copies_and_gradients():
+    pair = nn.ModuleDict({"a": LowRankLinear(8, 6, 3), "b": LowRankLinear(8, 4, 3)})
+    pair["b"].v = pair["a"].v
+    assert len(list(pair.parameters())) == 5
+    assert copy.deepcopy(pair)["a"].v is not pair["a"].v
+    twin = copy.deepcopy(pair)
+    assert twin["a"].v is twin["b"].v
+    twin.load_state_dict(pair.state_dict())
+    assert torch.equal(twin["b"].v.weight, pair["a"].v.weight)
+    x = torch.randn(5, 8)
+    (pair["a"](x).sum() + pair["b"](x).sum()).backward()
+    expected = (pair["a"].u.weight.sum(0) + pair["b"].u.weight.sum(0))[:, None] * x.sum(0)
+    assert_close("gradient of the shared v", pair["a"].v.weight.grad, expected, 1e-5)
+
+
+def test_save_pretrained_writes_a_shared_v_once(tmp_path):
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=32))
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.q_proj, second.q_proj = (LowRankLinear(16, 16, 3, bias=False) for _ in range(2))
+    second.q_proj.v = first.q_proj.v
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sum(name.endswith("q_proj.v.weight") for name in saved) == 1
+    assert sum(name.endswith("q_proj.u.weight") for name in saved) == 2
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    missing = twin.load_state_dict(saved, strict=False).missing_keys
+    assert [name for name in missing if "q_proj" in name] == [
+        "model.layers.0.self_attn.q_proj.v.weight"
+    ]
+    ids = torch.arange(8)[None]
+    assert torch.equal(twin(ids).logits, model(ids).logits)
