@@ -1,0 +1,37 @@
+"""The custom ops `torch.ops.fsvd.*`: importing this package registers them, with or without a GPU.
+
+| op | what it computes | replaces |
+| --- | --- | --- |
+| `fsvd::shrink` | concat of norm(x) @ V_i^T + c_i | norm, V of q/k/v or gate/up |
+| `fsvd::expand` | block-diagonal z_i @ U_i^T + b_i and epilogue | U, bias, SwiGLU, residual |
+| `fsvd::rope_append` | rotates q and k, writes k and v into the cache | rope, two index_copy_ |
+| `fsvd::attention` | grouped-query attention that reads K and V once | repeat_kv, SDPA |
+
+Each file has `<op>_reference` (fp32 ground truth), `<op>_aten` (torch ops only: for CPUs, and for
+Inductor to fuse in prefill) and `<op>_triton` (the kernels). A CUDA tensor takes the path
+`fsvd_compile.phase` says. The ops have no gradient: they are for inference.
+"""
+
+from fsvd_compile.kernels.attention import attention_aten, attention_reference, attention_triton
+from fsvd_compile.kernels.expand import expand_aten, expand_reference, expand_triton
+from fsvd_compile.kernels.rope_append import (
+    rope_append_aten,
+    rope_append_reference,
+    rope_append_triton,
+)
+from fsvd_compile.kernels.shrink import shrink_aten, shrink_reference, shrink_triton
+
+__all__ = [
+    "attention_aten",
+    "attention_reference",
+    "attention_triton",
+    "expand_aten",
+    "expand_reference",
+    "expand_triton",
+    "rope_append_aten",
+    "rope_append_reference",
+    "rope_append_triton",
+    "shrink_aten",
+    "shrink_reference",
+    "shrink_triton",
+]

@@ -1,0 +1,212 @@
+"""What every Triton kernel here shares: guarded import, device facts, launch, small jit functions.
+
+Nothing in this file touches a GPU at import, and without Triton it still imports: the jit functions
+then stay plain Python functions that nobody calls, and `require_triton` says what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import torch
+
+from fsvd_compile.errors import DeviceError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def jit(fn):
+    """`triton.jit`, or the function itself where Triton is not installed."""
+    return fn if triton is None else triton.jit(fn)
+
+
+def require_triton(tensor: torch.Tensor) -> None:
+    """Raises DeviceError unless a Triton kernel can run on `tensor`."""
+    if triton is None:
+        raise DeviceError(
+            "a Triton kernel was asked for, but the triton package is not installed; "
+            'install triton>=3.6 or take the ATen path (options={"kernels": "aten"}).'
+        )
+    if tensor.device.type == "cpu" and not interpreted():
+        raise DeviceError(
+            "a Triton kernel was asked for on CPU tensors; that works only through Triton's "
+            "interpreter: set TRITON_INTERPRET=1 before the first import, or take the ATen path."
+        )
+    if tensor.dtype not in TRITON_DTYPES:
+        raise DeviceError(
+            f"a Triton kernel was asked for on {tensor.dtype}; the kernels take "
+            f"{', '.join(map(str, TRITON_DTYPES))}; cast, or take the ATen path."
+        )
+
+
+def interpreted() -> bool:
+    """Whether kernels run through Triton's interpreter (decided when they were decorated)."""
+    return triton is not None and not isinstance(_touch, triton.runtime.JITFunction)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None for any other and for ROCm."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side: SMs of a GPU; 4 stands for a CPU (interpreter, tests)."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may use; untold, what every GPU since sm_80 has."""
+    if device.type != "cuda":
+        return 99 * 1024
+    found = torch.cuda.get_device_properties(device)
+    return getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+
+
+@functools.cache
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels use programmatic dependent launch: from sm_90 on, unless `FSVD_PDL=0`."""
+    found = capability(device)
+    return found is not None and found >= (9, 0) and os.environ.get("FSVD_PDL", "1") != "0"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, **kwargs: Any):
+    """Runs `kernel` on `device`, whichever CUDA device is current."""
+    if pdl:
+        kwargs["launch_pdl"] = True
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](USE_PDL=pdl, **kwargs)
+
+
+def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
+    """Kernel arguments `stride_<name><dim>`, a letter of `dims` for each leading dimension."""
+    return {f"stride_{name}{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@jit
+def pick_pointer(which, items, COUNT: tl.constexpr):
+    """items[which] of a tuple of pointers, by branches: Triton has no dynamic index into one."""
+    out = items[0]
+    for i in tl.static_range(1, COUNT):
+        if which == i:
+            out = items[i]
+    return out
+
+
+@jit
+def pick_int(which, items, COUNT: tl.constexpr):
+    """items[which] of a tuple of ints, as int64: sizes and strides end up in addresses."""
+    out = tl.cast(items[0], tl.int64)
+    for i in tl.static_range(1, COUNT):
+        out = tl.where(which == i, tl.cast(items[i], tl.int64), out)
+    return out
+
+
+@jit
+def activate(x, ACT: tl.constexpr):
+    """An activation of fp32 values; `gelu_tanh` uses 0.5 * (1 + tanh(u)) = sigmoid(2u)."""
+    if ACT == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACT == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "silu":
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@jit
+def tile_statistics(x, valid, K, eps, NORM: tl.constexpr):
+    """(mean, 1 / root) of the K valid values of an fp32 tile; the variance is about the mean."""
+    mean = 0.0
+    if NORM == "layer":
+        mean = tl.sum(x, axis=0) / K
+        x = tl.where(valid, x - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(x * x, axis=0) / K + tl.cast(eps, tl.float32))
+
+
+@jit
+def norm_statistics(
+    x, stride, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr, NUM_K: tl.constexpr
+):
+    """`tile_statistics` of K values at `x` that do not fit one tile."""
+    k = tl.arange(0, BLOCK_K)
+    mean = 0.0
+    if NORM == "layer":
+        total = tl.zeros([BLOCK_K], tl.float32)
+        for i in range(NUM_K):
+            at = i * BLOCK_K + k
+            total += tl.load(x + at * stride, mask=at < K, other=0.0).to(tl.float32)
+        mean = tl.sum(total, axis=0) / K
+    square = tl.zeros([BLOCK_K], tl.float32)
+    for i in range(NUM_K):
+        at = i * BLOCK_K + k
+        value = tl.load(x + at * stride, mask=at < K, other=0.0).to(tl.float32)
+        if NORM == "layer":
+            value = tl.where(at < K, value - mean, 0.0)
+        square += value * value
+    return mean, tl.rsqrt(tl.sum(square, axis=0) / K + tl.cast(eps, tl.float32))
+
+
+@jit
+def norm_parameters(
+    weight,
+    bias,
+    at,
+    K,
+    offset,
+    NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """(weight, bias) of the norm at columns `at`, fp32; static, so a kernel need not wait."""
+    w = 1.0
+    b = 0.0
+    if HAS_WEIGHT:
+        w = tl.load(weight + at, mask=at < K, other=0.0).to(tl.float32)
+        if NORM == "rms":
+            w += tl.cast(offset, tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + at, mask=at < K, other=0.0).to(tl.float32)
+    return w, b
+
+
+@jit
+def norm_apply(x, mean, rstd, weight, bias, NORM: tl.constexpr):
+    """Normalized fp32 values; columns past K come out finite."""
+    if NORM == "layer":
+        x = x - mean
+    if NORM != "none":
+        x = x * rstd * weight + bias
+    return x
+
+
+@jit
+def _touch():
+    pass

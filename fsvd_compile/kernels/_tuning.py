@@ -1,0 +1,164 @@
+"""Tile sizes: a measured row where there is one near, a rule elsewhere; no GPU is needed to ask.
+
+`configs/sm90.json` holds what was measured, with its provenance. A row counts for the same op,
+number of tokens and element size, for weights stored K-contiguous, with K within a factor of 1.5 of
+it and rows within a factor of 2; the nearest by the sum of the two log-distances wins. Everything
+else, and every other GPU, takes the rules below. They are not tuned: they follow the measured rows
+in shape (about 64 registers of weight requested per thread, at least two programs per
+multiprocessor) and wait for measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+
+from fsvd_compile.kernels import _triton
+from fsvd_compile.kernels._triton import cdiv, next_power_of_2
+from fsvd_compile.phase import Phase
+
+
+class Tile(NamedTuple):
+    """Block sizes of one launch: `block_m` tokens by `block_r` weight rows, `block_k` at a time."""
+
+    block_r: int
+    block_k: int
+    num_warps: int
+    block_m: int = 1
+    num_stages: int = 1
+
+
+# Whole rows up to this K are requested at once; longer ones loop. 16384 covers the 11008 that was
+# measured.
+SINGLE_TILE_K = 16384
+# Bytes of weight a thread requests before it waits: 64 registers, what the measured tiles come to.
+THREAD_BYTES = 256
+
+
+@functools.lru_cache(4096)
+def linear_tile(
+    op: str,
+    phase: Phase,
+    *,
+    k: int,
+    rows: int,
+    tokens: int,
+    itemsize: int,
+    layout: str,
+    gated: bool,
+    device: torch.device,
+) -> Tile:
+    """The tile for a launch of `rows` weight rows (of gate alone when gated) of length `k`."""
+    if phase is not Phase.DECODE:
+        sms, shared = _triton.multiprocessors(device), _triton.shared_memory(device)
+        return _skinny_rule(rows, tokens, itemsize, gated, sms, shared)
+    whole = layout == "row" and k <= SINGLE_TILE_K
+    # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
+    # Triton 3.6 abort, so there each token has its own program.
+    tokens = 1 if gated and not whole else min(tokens, 2)
+    if whole and _triton.capability(device) == (9, 0):
+        # What was measured is the packed gate-up: a gated program takes half its rows from each of
+        # the two.
+        both = 2 if gated else 1
+        row = _nearest(op, k, rows * both, tokens, itemsize)
+        if row is not None:
+            block_r = max(1, row["block_r"] // both)
+            return Tile(block_r, max(16, next_power_of_2(k)), row["num_warps"], tokens)
+    return _gemv_rule(k, rows, tokens, itemsize, layout, gated, _triton.multiprocessors(device))
+
+
+def _gemv_rule(k, rows, tokens, itemsize, layout, gated, sms) -> Tile:
+    budget = THREAD_BYTES // itemsize // (2 if gated else 1) // tokens
+    if layout != "row":
+        # Neighbours in memory are neighbouring rows: 16 of them fill a 32-byte sector in bf16.
+        return Tile(block_r=16, block_k=128 // tokens, num_warps=4, block_m=tokens)
+    block_k = max(16, next_power_of_2(k))
+    if block_k > SINGLE_TILE_K:
+        return Tile(block_r=4 // tokens, block_k=1024, num_warps=4, block_m=tokens)
+    num_warps = 2 if block_k <= 1024 else 4 if block_k <= 2048 else 8
+    while block_k > budget * 32 * num_warps:
+        num_warps *= 2
+    block_r = max(1, min(8, budget * 32 * num_warps // block_k))
+    while block_r > 1 and cdiv(rows, block_r) < 2 * sms:
+        block_r //= 2
+    return Tile(block_r, block_k, num_warps, tokens)
+
+
+def _skinny_rule(rows, tokens, itemsize, gated, sms, shared) -> Tile:
+    block_m = min(64, max(16, next_power_of_2(tokens)))
+    block_r = 32 if cdiv(rows, 32) >= sms else 16
+    block_k = 128 if itemsize == 2 else 32
+    # Each stage holds a tile of x and one of W, both twice when gated. The first tiles, which are
+    # loaded before the loop, take the room of one more stage.
+    column = (block_m + block_r) * itemsize * (2 if gated else 1)
+    room = shared - 4096
+    if 3 * column * block_k > room:
+        block_k //= 2
+    num_stages = max(2, min(4, room // (column * block_k) - 1))
+    num_warps = 8 if itemsize == 4 and gated else 4
+    return Tile(block_r, block_k, num_warps, block_m, num_stages)
+
+
+def _nearest(op, k, rows, tokens, itemsize) -> dict | None:
+    best, least = None, math.inf
+    for row in measured()["gemv"]:
+        if (row["op"], row["tokens"], row["itemsize"]) != (op, tokens, itemsize):
+            continue
+        by_k = abs(math.log2(max(k, 1) / row["k"]))
+        by_rows = abs(math.log2(max(rows, 1) / row["rows"]))
+        # A tile for a shorter power of two would need more registers than were measured.
+        fits = next_power_of_2(k) <= next_power_of_2(row["k"])
+        if fits and by_k <= math.log2(1.5) and by_rows <= 1 and by_k + by_rows < least:
+            best, least = row, by_k + by_rows
+    return best
+
+
+@functools.cache
+def measured() -> dict:
+    """`configs/sm90.json`."""
+    path = resources.files("fsvd_compile.kernels").joinpath("configs/sm90.json")
+    return json.loads(path.read_text())
+
+
+class AttentionTile(NamedTuple):
+    """Block sizes and the number of KV splits of one `fsvd::attention` launch."""
+
+    block_m: int
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.lru_cache(4096)
+def attention_tile(
+    *,
+    batch: int,
+    kv_heads: int,
+    rows: int,
+    length: int,
+    dim: int,
+    itemsize: int,
+    device: torch.device,
+) -> AttentionTile:
+    """An untuned default: two programs per multiprocessor, at least 128 tokens of cache in each.
+
+    Args:
+        rows: Query rows of one KV head, group times tokens.
+        length: S, the length of the cache, filled or not.
+        dim: The wider of the two head dims.
+    """
+    block_m = min(64, max(16, next_power_of_2(rows)))
+    # What fits in registers beside the tile of K and V that is being read: 64 rows of 256 aligned
+    # bytes.
+    block_n = 64 if dim * itemsize <= 256 and dim % 8 == 0 else 32 if itemsize == 2 else 16
+    programs = batch * kv_heads * cdiv(rows, block_m)
+    wanted = cdiv(2 * _triton.multiprocessors(device), programs)
+    splits = max(1, min(wanted, cdiv(length, 128), 64))
+    wide = itemsize == 4 or block_m == 64 or dim % 8 != 0
+    return AttentionTile(block_m, block_n, splits, num_warps=8 if wide else 4, num_stages=2)

@@ -1,0 +1,89 @@
+"""Every kernel variant compiles for GPUs that are not here (see compile_ahead.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+
+HERE = Path(__file__).parent
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """The lines of compile_ahead.py, run without the interpreter."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_ahead.py", *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def hopper() -> list[dict]:
+    return compiled("--capability", "90", "--pdl", "--sass", "^table|bf16|layer")
+
+
+@pytest.mark.slow
+def test_hopper(hopper):
+    assert {kernel["kernel"] for kernel in hopper} == {
+        "_gemv",
+        "_skinny",
+        "_norm_rows",
+        "_rope_append",
+        "_attention",
+        "_combine",
+    }
+    for kernel in hopper:
+        assert kernel["shared"] <= 227 * 1024, kernel
+        assert_no_spills(kernel)
+
+
+@pytest.mark.slow
+def test_dependent_launch_is_in_order(hopper):
+    """Dependents are launched first, and the wait comes before all else but static reads.
+
+    Those are the weights, biases and norm parameters of the linear kernels. The letters are
+    explained in compile_ahead.order; the machine code is held to the same order as the PTX.
+    """
+    for kernel in hopper:
+        static = "R" if kernel["kernel"] in ("_gemv", "_skinny") else ""
+        assert re.fullmatch(f"L{static}W(RS)+", kernel["order_ptx"]), kernel
+        if kernel["order_sass"]:
+            assert re.fullmatch(f"L{static}W(RS)+", kernel["order_sass"]), kernel
+    assert sum(bool(kernel["order_sass"]) for kernel in hopper) > 20
+
+
+@pytest.mark.slow
+def test_loads_are_wide_and_products_on_tensor_cores(hopper):
+    for kernel in hopper:
+        if kernel["case"].startswith("table-"):
+            assert kernel["wide_loads"] >= 8, kernel
+        if kernel["kernel"] in ("_skinny", "_attention") and "fp32" not in kernel["case"]:
+            assert kernel["tensor_cores"], kernel
+
+
+@pytest.mark.slow
+def test_ampere():
+    """No instruction of Hopper, and within the 99 KB of the GPUs of compute capability 8.6."""
+    some = "table.*m1|bf16|layer|col|any|odd|attention"
+    for kernel in compiled("--capability", "80", "--only", some):
+        assert re.fullmatch("(RS)+", kernel["order_ptx"]), kernel
+        assert kernel["shared"] <= 99 * 1024, kernel
+        assert_no_spills(kernel)
+
+
+def assert_no_spills(kernel: dict) -> None:
+    """Spills live on the stack. A few bytes of it are no loop's spill; a weight stream has none."""
+    assert kernel["stack"] <= (0 if kernel["kernel"] == "_gemv" else 16), f"spills: {kernel}"
