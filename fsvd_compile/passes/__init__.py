@@ -1,0 +1,17 @@
+"""The pipeline: every rewrite in the order it runs. README.md beside this file has the table and the invariants."""
+
+from fsvd_compile.passes.attention import ATTENTION
+from fsvd_compile.passes.epilogue import EPILOGUE
+from fsvd_compile.passes.lower import lower
+from fsvd_compile.passes.lowrank import LOWRANK
+from fsvd_compile.passes.normalize import NORMALIZE
+from fsvd_compile.passes.rewrite import Context, Outcome, Rewrite, run
+
+PIPELINE: tuple[Rewrite, ...] = (
+    *NORMALIZE,  # first: everything after it knows one spelling
+    *LOWRANK,  # chains, then siblings: packing needs the pairs
+    *EPILOGUE,  # gated before plain activation, norms after packing (one reader), residuals last
+    *ATTENTION,  # RoPE and append before attention: the append leaves the caches themselves as operands
+)
+
+__all__ = ["PIPELINE", "Context", "Outcome", "Rewrite", "lower", "run"]

@@ -1,0 +1,313 @@
+"""Reading and editing a Dynamo FX graph: fake values, storages, writes, and nodes that carry their meta."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fsvd_compile.passes.vocabulary import arguments, kind_of
+
+_INHERITED_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def val(node: Any) -> torch.Tensor | None:
+    """The fake tensor a node stands for (shape, stride, dtype, device), or None for anything else."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape(node: Any) -> tuple[int | torch.SymInt, ...]:
+    value = val(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same number or the same symbol; never adds a guard on a symbol."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    node_a, node_b = getattr(a, "node", None), getattr(b, "node", None)
+    return node_a is not None and node_b is not None and node_a.expr == node_b.expr
+
+
+def same_shape(a: Iterable, b: Iterable) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_static(node: Any) -> bool:
+    value = val(node)
+    return value is None or all(isinstance(s, int) for s in (*value.shape, *value.stride()))
+
+
+def tokens(node: Node) -> int | None:
+    """M of a value [..., features]: the product of its leading sizes, or None when one is symbolic."""
+    rows = 1
+    for size in shape(node)[:-1]:
+        if not isinstance(size, int):
+            return None
+        rows *= size
+    return rows
+
+
+def storage(node: Any) -> int | None:
+    """An identity for the memory behind a node: views and in-place results share it."""
+    value = val(node)
+    return None if value is None else _key(value)
+
+
+def _key(value: torch.Tensor) -> int | None:
+    if value.layout != torch.strided or is_traceable_wrapper_subclass(value):
+        return None
+    return value.untyped_storage()._cdata
+
+
+def is_plain(node: Any) -> bool:
+    """Whether a value is an ordinary strided tensor, which a custom op can read: no quantized or sharded subclass."""
+    return storage(node) is not None
+
+
+# Statements and operators that write their first operand, as functions (`operator.isub`) and methods (`__isub__`).
+_IN_PLACE_OPERATORS = frozenset(
+    "setitem delitem iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+)
+# Names that end in an underscore and write nothing.
+_KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)
+# torch.nn.functional.batch_norm and friends: the running statistics, in either order of arguments.
+_RUNNING = {"batch_norm": slice(1, 5), "instance_norm": slice(1, 5)}
+
+
+def written_by(node: Node) -> list[Node]:
+    """The arguments a node writes in place; all of them where nothing is known about what it does."""
+    if node.op == "call_module":
+        return list(node.all_input_nodes)
+    if node.op == "call_method":
+        return _nodes(node.args[:1]) if _name_writes(node.target) else []
+    if node.op != "call_function":
+        return []
+    target, out = node.target, _nodes(node.kwargs.get("out"))
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return _written_by_bodies(node)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return [*_written_by_schema(node), *out]
+    if isinstance(
+        getattr(target, "writes", None), tuple
+    ):  # an op lowered to a function of torch ops
+        return [node.args[i] for i in target.writes]
+    name = getattr(target, "__name__", "")
+    if target not in _KEYWORDS and (_name_writes(name) or _argument(node, "inplace") is True):
+        return [*_nodes(node.args[0] if node.args else node.kwargs.get("input")), *out]
+    if name in ("embedding", "embedding_bag") and _argument(node, "max_norm") is not None:
+        return _nodes(_argument(node, "weight"))
+    if name in _RUNNING and (node.args[5:6] or (node.kwargs.get("training"),))[0] is not False:
+        running = [v for k, v in node.kwargs.items() if k.startswith("running_")]
+        return _nodes([*node.args[_RUNNING[name]], *running])
+    return out
+
+
+def _nodes(value: Any) -> list[Node]:
+    return [
+        v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Node)
+    ]
+
+
+def _name_writes(name: str) -> bool:
+    return name.strip("_") in _IN_PLACE_OPERATORS or (
+        name.endswith("_") and not name.endswith("__")
+    )
+
+
+def _argument(node: Node, name: str) -> Any:
+    """An argument of a Python function by name, wherever it stands; None if there is none."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if not inspect.isfunction(node.target):  # what is built in has no `inplace` and no `max_norm`
+        return None
+    position = _positions(node.target).get(name)
+    return node.args[position] if position is not None and position < len(node.args) else None
+
+
+@functools.cache
+def _positions(target: Callable) -> dict[str, int]:
+    return {name: i for i, name in enumerate(inspect.signature(target).parameters)}
+
+
+def _written_by_schema(node: Node) -> list[Node]:
+    packet = isinstance(node.target, torch._ops.OpOverloadPacket)
+    names = node.target.overloads() if packet else ()
+    overloads = [getattr(node.target, name) for name in names] if packet else [node.target]
+    written: list[Node] = []
+    for overload in overloads:
+        for i, parameter in enumerate(overload._schema.arguments):
+            if parameter.alias_info is not None and parameter.alias_info.is_write:
+                given = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
+                written += _nodes(given)
+    return list(dict.fromkeys(written))
+
+
+def _written_by_bodies(node: Node) -> list[Node]:
+    """A higher-order operator writes if its bodies do; one without bodies (a Triton kernel) may write anything."""
+    owner = node.graph.owning_module
+    inputs = node.all_input_nodes
+    bodies = [getattr(owner, n.target, None) for n in inputs if n.op == "get_attr"]
+    bodies = [b for b in bodies if isinstance(b, GraphModule)]
+    if bodies and not any(written_by(n) for body in bodies for n in body.graph.nodes):
+        return []
+    return [n for n in inputs if val(n) is not None]
+
+
+class Writes:
+    """Which nodes write which memory; answers whether a read may move from one place to another."""
+
+    def __init__(self, graph: Graph):
+        self._by_storage: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            for target in written_by(node):
+                key = storage(target)
+                if key is not None:
+                    self._by_storage.setdefault(key, []).append(node)
+
+    def between(self, read: Node, start: Node, end: Node, but: Iterable[Node] = ()) -> Node | None:
+        """A node after `start` and before `end` that writes the memory of `read`, or None."""
+        ignore = set(but)
+        for writer in self._by_storage.get(storage(read), ()):
+            if writer not in ignore and start < writer < end:
+                return writer
+        return None
+
+    def any(self, read: Node) -> Node | None:
+        """A node anywhere that writes the memory of `read`, or None."""
+        return next(iter(self._by_storage.get(storage(read), ())), None)
+
+
+def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -> Node:
+    """Insert `target(*args)` before a node, with its fake value, at the place in the model of `like`."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    for key in _INHERITED_META:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    set_value(node)
+    return node
+
+
+def set_value(node: Node) -> None:
+    """Compute a call's fake value from the fake values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    # Inside the values' own mode: an operation may make tensors of its own.
+    with torch.no_grad(), _fake_mode(args, kwargs) or contextlib.nullcontext():
+        if node.op == "call_function":
+            node.meta["example_value"] = node.target(*args, **kwargs)
+        else:
+            node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def _fake_mode(*values: Any) -> FakeTensorMode | None:
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+
+
+def refresh_values(graph: Graph, changed: set[Node], stale: Iterable[Node] = ()) -> None:
+    """Recompute fake values of `stale` nodes and downstream of `changed`, as far as strides or aliasing differ.
+
+    Shapes and dtypes never change by a rewrite. Values that are no tensors (sizes, `.item()` symbols) stay: computing
+    them again would make new symbols.
+    """
+    owners: dict[int, Node] = {}
+    for node in graph.nodes:
+        owners.setdefault(storage(node), node)
+    stale = set(stale)
+    for node in graph.nodes:
+        if node in changed or not (
+            node in stale or any(n in changed for n in node.all_input_nodes)
+        ):
+            continue
+        if not _recomputable(node):
+            continue
+        before = node.meta["example_value"]
+        set_value(node)
+        fresh = isinstance(before, torch.Tensor) and not _aliases_input(node)
+        if (
+            fresh
+            and owners.get(_key(before)) is node
+            and same_shape(before.stride(), val(node).stride())
+        ):
+            node.meta["example_value"] = before
+        else:
+            changed.add(node)
+
+
+def drop_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads; what writes memory, or is no tensor and may have an effect, stays."""
+    graph.eliminate_dead_code(
+        is_impure_node=lambda n: bool(written_by(n)) or n.is_impure() or val(n) is None
+    )
+
+
+def _recomputable(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method") or node.meta.get("unbacked_bindings"):
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):  # makes fresh values by contract
+        return False
+    value = node.meta.get("example_value")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(values) and all(isinstance(v, torch.Tensor) for v in values)
+
+
+def _aliases_input(node: Node) -> bool:
+    """Whether a value is memory of an argument; what comes out of a tuple always is."""
+    return any(
+        storage(source) == storage(node) or val(source) is None for source in node.all_input_nodes
+    )
+
+
+def first_call(graph: Graph) -> Node:
+    """The first node that is neither an input nor a constant."""
+    return next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+
+def is_input(node: Any) -> bool:
+    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
+
+
+def transposed(graph: Graph, weight: Node, before: Node) -> Node:
+    """`weight.t()` of a 2-D value; a transpose of a transpose is the original.
+
+    For a graph input the node is hoisted to the top of the graph, so that a later rewrite may use it anywhere.
+    """
+    while is_transpose(weight):
+        weight = weight.all_input_nodes[0]
+        if not is_transpose(weight):
+            return weight
+        weight = weight.all_input_nodes[0]
+    if is_input(weight):
+        return emit(graph, max(first_call(graph), weight.next), before, torch.t, weight)
+    return emit(graph, before, before, torch.t, weight)
+
+
+def is_transpose(node: Any) -> bool:
+    """Whether a value is another matrix with rows and columns swapped."""
+    if len(shape(node)) != 2 or kind_of(node) not in ("t", "transpose"):
+        return False
+    given = arguments(node)
+    if kind_of(node) == "t":
+        return given is not None
+    return given is not None and {d % 2 for d in (given["dim0"], given["dim1"])} == {0, 1}
+
+
+def reaches_output(node: Node) -> bool:
+    """Whether a value or a view of it leaves the graph."""
+    key = storage(node)
+    returned = node.graph.output_node().all_input_nodes
+    return any(n is node or (key is not None and storage(n) == key) for n in returned)

@@ -1,0 +1,67 @@
+"""What the backend did to one graph, kept for `explain`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from fsvd_compile.passes import Outcome
+
+
+@dataclasses.dataclass
+class GraphReport:
+    """One graph that reached the backend.
+
+    Attributes:
+        phase: "decode", "few", "prefill", or "any" for a symbolic token count.
+        tokens: M, or None when symbolic.
+        outcomes: One per rewrite, in pipeline order; empty on the unfused path.
+        unfused: Why the whole graph was handed to Inductor as it came, or None.
+        layers: Pieces the graph was cut into: how often each distinct one is called.
+        kernels: Per distinct piece: calls of our ops, library calls and kernels Inductor generated.
+        weight_bytes: Bytes of the inputs every call reads whole (weights; embedding tables are not).
+        linears: Dense linears that were left, by name.
+        graphs: How the graph is replayed: "step", "layer", or why it is not captured.
+        seconds: Wall time of the backend.
+    """
+
+    phase: str = "any"
+    tokens: int | None = None
+    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    unfused: str | None = None
+    layers: list[int] = dataclasses.field(default_factory=list)
+    kernels: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    weight_bytes: int = 0
+    linears: list[str] = dataclasses.field(default_factory=list)
+    graphs: str = "off"
+    seconds: float = 0.0
+
+    @property
+    def matches(self) -> dict[str, int]:
+        return {o.name: o.matches for o in self.outcomes if o.matches}
+
+    @property
+    def misses(self) -> dict[str, list[tuple[str, str]]]:
+        return {o.name: o.misses for o in self.outcomes if o.misses}
+
+
+_listeners: list[list[GraphReport]] = []
+
+
+def publish(report: GraphReport) -> None:
+    """Hand a report to everyone who is collecting."""
+    for listener in _listeners:
+        listener.append(report)
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[GraphReport]]:
+    """Gather the reports of all graphs compiled inside the block."""
+    reports: list[GraphReport] = []
+    _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        # By identity: two empty lists are equal.
+        _listeners[:] = [listener for listener in _listeners if listener is not reports]
