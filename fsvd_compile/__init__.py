@@ -1,0 +1,15 @@
+"""fsvd_compile: a torch.compile backend for SVD-factorized transformers.
+
+`torch.compile(model, backend="flashsvd")` needs no import of this package: the backend is found through
+its entry point. Importing it gives the pieces around the backend. Nothing here needs a GPU.
+"""
+
+# Imported eagerly so that the names mean the functions, not the sub-modules they live in.
+from fsvd_compile.backend import flashsvd
+from fsvd_compile.config import Config
+from fsvd_compile.explain import explain
+from fsvd_compile.factorize import factorize
+from fsvd_compile.factorized import LowRankLinear
+
+__version__ = "0.1.0"
+__all__ = ["Config", "LowRankLinear", "__version__", "explain", "factorize", "flashsvd"]

@@ -1,0 +1,291 @@
+"""The backend: what happens between Dynamo's graph and the function it calls, read top-down."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._inductor import metrics
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from fsvd_compile import generate
+from fsvd_compile.config import Config
+from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
+from fsvd_compile.kernels import attention_aten
+from fsvd_compile.layers import Program, compile_piece, cut
+from fsvd_compile.passes import PIPELINE, Context, lower, run
+from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
+from fsvd_compile.passes.ops import Expand, Shrink, name_of, read
+from fsvd_compile.passes.vocabulary import arguments, kind_of
+from fsvd_compile.phase import phase_of
+from fsvd_compile.report import GraphReport, publish
+
+log = logging.getLogger(__name__)
+
+_pool = GraphPool()
+_numbers = itertools.count()
+_warned: set[str] = set()
+
+
+def flashsvd(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """Compile one Dynamo graph; `torch.compile(model, backend="flashsvd")` calls this through its entry point.
+
+    Args:
+        gm: Dynamo's torch-level graph, parameters as inputs.
+        example_inputs: The real inputs of the call being compiled.
+        options: Fields of `Config`.
+        mode: A `torch.compile` mode; see `config.MODES`.
+
+    Returns:
+        A callable of the graph's inputs.
+
+    Raises:
+        OptionError: an unknown option, value or mode.
+    """
+    started = time.perf_counter()
+    config = Config.of(options, mode)
+    report = GraphReport()
+    report.unfused = _why_unfused(example_inputs) or _why_autocast(gm)
+    if report.unfused:
+        _warn_once(report.unfused)
+        compiled = _inductor(config)(gm, example_inputs)
+    else:
+        compiled = _fused(gm, example_inputs, config, report)
+    report.seconds = time.perf_counter() - started
+    publish(report)
+    return compiled
+
+
+def reset() -> None:
+    """Free every captured CUDA graph; `torch._dynamo.reset()` calls this."""
+    _pool.reset()
+    _warned.clear()
+
+
+flashsvd.reset = reset
+
+
+def _fused(
+    gm: GraphModule, example_inputs: list[Any], config: Config, report: GraphReport
+) -> Callable:
+    graph = gm.graph
+    context = Context(_device(example_inputs), config.kernels)
+    wanted = [r for r in PIPELINE if r.name not in config.disable]
+    written = _written_inputs(gm)  # before lowering hides the schemas of ops
+    report.outcomes = run(wanted, graph, context)
+    _describe(graph, report)
+    lower(graph, context)
+    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    gm.recompile()
+    return _compiled(gm, example_inputs, written, config, report)
+
+
+def _compiled(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    written: set[int],
+    config: Config,
+    report: GraphReport,
+) -> Callable:
+    """The rewritten graph through Inductor, layer by layer where it can be cut, and under CUDA graphs."""
+    compile_fn = _inductor(config)
+    static = {i for i, x in enumerate(example_inputs) if _has_static_address(x)}
+    pieces = cut(gm.graph) if config.layers else []
+    if len(pieces) < 2:
+        report.layers = [1]
+        dynamic = _dynamic(gm)
+        with _counted(list(gm.graph.nodes), report):
+            whole = compile_fn(gm, example_inputs)
+        return _graphed(whole, "step", static, written, config, report, dynamic)
+
+    compiled: dict[tuple, Callable] = {}
+    signatures = [piece.signature() for piece in pieces]
+    for piece, signature in zip(pieces, signatures, strict=True):
+        if signature not in compiled:
+            with _counted(piece.nodes, report):
+                compiled[signature] = compile_piece(piece, compile_fn)
+    report.layers = [signatures.count(signature) for signature in compiled]
+    functions = [compiled[signature] for signature in signatures]
+    if config.cuda_graphs == "layer":
+        index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+        results = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
+        for i, piece in enumerate(pieces):
+            ids = [index.get(n) for n in piece.inputs]
+            fixed = {
+                k for k, n in enumerate(piece.inputs) if n.op == "get_attr" or ids[k] in static
+            }
+            mutated = {k for k, p in enumerate(ids) if p in written}
+            # What only later pieces read may lie in the graph's own memory; what the caller gets may not.
+            inner = not any(n in results for n in piece.outputs)
+            functions[i] = _graphed(
+                functions[i], f"layer {i}", fixed, mutated, config, report, None, borrow=inner
+            )
+        return Program(gm.graph, pieces, functions)
+    return _graphed(
+        Program(gm.graph, pieces, functions), "step", static, written, config, report, None
+    )
+
+
+@contextlib.contextmanager
+def _counted(nodes: list[torch.fx.Node], report: GraphReport) -> Iterator[None]:
+    """Add to the report what one call of a piece launches."""
+    before = metrics.generated_kernel_count
+    yield
+    library = [n for n in nodes if kind_of(n) in ("linear", "addmm", "matmul", "sdpa")]
+    library += [n for n in nodes if n.target is attention_aten]
+    report.kernels.append(
+        {
+            "fsvd ops": sum(1 for n in nodes if name_of(n)),
+            "library calls": len(library),
+            "Inductor kernels": metrics.generated_kernel_count - before,
+        }
+    )
+
+
+def _graphed(
+    fn: Callable, name: str, static: set[int], written: set[int], config: Config, report: GraphReport,
+    dynamic: str | None, borrow: bool = False,
+) -> Callable:  # fmt: skip
+    """`fn` under CUDA-graph replay where that is possible; `report.graphs` says so or why not."""
+    if config.cuda_graphs == "off":
+        report.graphs = "off"
+    elif not torch.cuda.is_available():
+        report.graphs = "off: no CUDA device"
+    elif dynamic:
+        report.graphs = f"off: {dynamic}"
+        log.info("flashsvd: a graph runs without CUDA-graph capture: %s", dynamic)
+    else:
+        report.graphs = config.cuda_graphs
+        return GraphedCallable(
+            fn,
+            name=f"graph {next(_numbers)} {name}",
+            static=frozenset(static - written),
+            mutated=frozenset(written),
+            pool=_pool,
+            max_captures=config.max_captures,
+            borrow_outputs=borrow,
+        )
+    return fn
+
+
+def _inductor(config: Config) -> Callable:
+    # Inductor's own CUDA graphs would copy what ours keep in place.
+    patches = {**config.inductor, "triton.cudagraphs": False}
+
+    def compile_graph(gm: GraphModule, inputs: list[Any]) -> Callable:
+        return compile_fx(gm, inputs, config_patches=patches)
+
+    return compile_graph
+
+
+def _why_unfused(example_inputs: list[Any]) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return (
+            "gradients are needed (grad mode is on and an input requires grad), so this call runs unfused; "
+            "for inference call under torch.no_grad() or after model.requires_grad_(False)"
+        )
+    return None
+
+
+def _why_autocast(gm: GraphModule) -> str | None:
+    entered = any(
+        n.op == "call_function"
+        and getattr(n.target, "__name__", "") == "_enter_autocast"
+        and (n.args[2] if len(n.args) > 2 else n.kwargs.get("enabled", True))
+        for n in gm.graph.nodes
+    )
+    if entered or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return (
+            "autocast is on, which chooses dtypes call by call, so this call runs unfused; "
+            "convert the model instead: model.to(torch.bfloat16)"
+        )
+    return None
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"backend 'flashsvd': {reason}.", stacklevel=2)
+
+
+def _device(example_inputs: list[Any]) -> str:
+    kinds = [x.device.type for x in example_inputs if isinstance(x, torch.Tensor)]
+    return "cuda" if "cuda" in kinds else (kinds[0] if kinds else "cpu")
+
+
+def _has_static_address(x: Any) -> bool:
+    return isinstance(x, torch.nn.Parameter) or (
+        isinstance(x, torch.Tensor) and getattr(x, "_dynamo_static_input_type", None) is not None
+    )
+
+
+def _written_inputs(gm: GraphModule) -> set[int]:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    memory = {storage(target) for n in gm.graph.nodes for target in written_by(n)} - {None}
+    return {i for i, n in enumerate(placeholders) if storage(n) in memory}
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    return bool(written_by(node)) or node.is_impure() or val(node) is None
+
+
+def _dynamic(gm: GraphModule) -> str | None:
+    symbolic = next((n for n in gm.graph.nodes if not is_static(n)), None)
+    return None if symbolic is None else f"{symbolic.name} has a dynamic shape"
+
+
+def _describe(graph: torch.fx.Graph, report: GraphReport) -> None:
+    ops = [n for n in graph.nodes if name_of(n) or kind_of(n) == "linear"]
+    rows = next((tokens(n) for n in ops if tokens(n) is not None), None)
+    report.tokens = rows
+    report.phase = phase_of(rows).value if rows is not None else "any"
+    report.linears = [n.name for n in graph.nodes if kind_of(n) == "linear"]
+    report.weight_bytes = _weight_bytes(graph)
+
+
+def _weight_bytes(graph: torch.fx.Graph) -> int:
+    """Bytes of the weights that every call reads whole: operands of linears, shrinks, expands and norms."""
+    read_once: dict[int | None, int] = {}
+    for node in graph.nodes:
+        for weight in _weights(node):
+            while kind_of(weight) in ("t", "transpose"):
+                weight = weight.args[0]
+            value = val(weight)
+            if value is not None and is_input(weight):
+                read_once[storage(weight)] = value.numel() * value.element_size()
+    return sum(read_once.values())
+
+
+def _weights(node: torch.fx.Node) -> list[Any]:
+    if (shrink := read(node, Shrink)) is not None:
+        return [*shrink.weights, *shrink.biases, shrink.norm_weight, shrink.norm_bias]
+    if (expand := read(node, Expand)) is not None:
+        return [*expand.weights, *expand.biases]
+    if kind_of(node) in ("linear", "layer_norm", "rms_norm") and (given := arguments(node)):
+        return [given["weight"], given.get("bias")]
+    return []
+
+
+def _is_ours(callback: Any) -> bool:
+    from torch._dynamo.eval_frame import innermost_backend
+
+    inner = innermost_backend(callback)
+    return getattr(inner, "compiler_fn", inner) is flashsvd
+
+
+generate.reach_compiled(_is_ours)

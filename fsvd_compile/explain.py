@@ -1,0 +1,124 @@
+"""`explain`: what was matched in a model, what nearly was and why not, and what one call costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fsvd_compile.report import GraphReport, collect
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The result of `explain`; `print` it, or read `graphs`.
+
+    Attributes:
+        graphs: One report per graph that reached the backend, in order. More than one means graph breaks.
+        breaks: Why Dynamo broke the model into several graphs.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    breaks: tuple[str, ...] = ()
+
+    def matches(self) -> dict[str, int]:
+        """Matches per rewrite over all graphs."""
+        total: dict[str, int] = {}
+        for graph in self.graphs:
+            for name, count in graph.matches.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def __repr__(self) -> str:
+        if not self.graphs:
+            return "flashsvd: no graph reached the backend (nothing was compiled, or Dynamo fell back to eager)"
+        lines = [_graph_text(i, g) for i, g in enumerate(self.graphs)]
+        if self.breaks:
+            lines.append("graph breaks:\n" + "\n".join(f"  {reason}" for reason in self.breaks))
+        return "\n".join(lines)
+
+
+def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Compile a model for these inputs and say what the backend did.
+
+    The model is called once under `torch.no_grad()`, so a KV cache among the inputs advances as in any call. What was
+    compiled before is left alone.
+
+    Args:
+        model: An `nn.Module`, or what `torch.compile(model, backend="flashsvd", ...)` returned for one.
+        *args: Inputs of the call.
+        **kwargs: Keyword inputs of the call.
+
+    Returns:
+        An `Explanation` with a readable `repr`.
+    """
+    from fsvd_compile.backend import flashsvd
+
+    module = getattr(model, "_orig_mod", model)
+
+    # A backend of its own, so that Dynamo compiles afresh whatever it has cached for ours.
+    def explaining(gm: Any, inputs: Any, **options: Any) -> Any:
+        return flashsvd(gm, inputs, **options)
+
+    compiled_before = getattr(module, "_compiled_call_impl", None)
+    counters = torch._dynamo.utils.counters["graph_break"]
+    breaks_before = dict(counters)
+    try:
+        if compiled_before is not None:
+            module._compiled_call_impl = None
+        with collect() as reports, torch.no_grad():
+            torch.compile(module, backend=explaining, options=_options(model))(*args, **kwargs)
+    finally:
+        if compiled_before is not None:
+            module._compiled_call_impl = compiled_before
+    new = [reason for reason, count in counters.items() if count > breaks_before.get(reason, 0)]
+    return Explanation(tuple(reports), tuple(reason.splitlines()[0] for reason in new))
+
+
+def _options(model: Any) -> dict[str, Any] | None:
+    """The options a compiled model was given."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    context = getattr(model, "dynamo_ctx", None)
+    backend = innermost_backend(context.callback) if context is not None else None
+    return (getattr(backend, "kwargs", None) or {}).get("options")
+
+
+def _graph_text(index: int, graph: GraphReport) -> str:
+    tokens = "symbolic" if graph.tokens is None else str(graph.tokens)
+    lines = [f"graph {index}: {graph.phase} (tokens: {tokens}), {graph.seconds:.1f} s to compile"]
+    if graph.unfused:
+        lines.append(f"  unfused: {graph.unfused}")
+        return "\n".join(lines)
+    width = max((len(o.name) for o in graph.outcomes), default=0)
+    for outcome in graph.outcomes:
+        if outcome.matches:
+            lines.append(f"  {outcome.name:<{width}}  {outcome.matches:>4}")
+    missed = [o for o in graph.outcomes if o.misses]
+    if missed:
+        lines.append("  left alone:")
+    for outcome in missed:
+        for reason, where in _grouped(outcome.misses):
+            lines.append(
+                f"    {outcome.name:<{width}}  {len(where):>4}  {reason} ({where[0]}{', …' if len(where) > 1 else ''})"
+            )
+    pieces = " + ".join(f"{n} x 1 piece" if n > 1 else "1" for n in graph.layers)
+    lines.append(f"  linears left dense: {len(graph.linears)}; compiled pieces: {pieces}")
+    for count, kernels in zip(graph.layers, graph.kernels, strict=False):
+        if count > 1:
+            listed = ", ".join(f"{n} {what}" for what, n in kernels.items() if n)
+            lines.append(f"  kernels in a repeated layer: {sum(kernels.values())} ({listed})")
+    per_token = (
+        f" = {graph.weight_bytes / graph.tokens / 1e6:.2f} MB a token" if graph.tokens else ""
+    )
+    lines.append(f"  weights read per call: {graph.weight_bytes / 1e6:.2f} MB{per_token}")
+    lines.append(f"  CUDA graphs: {graph.graphs}")
+    return "\n".join(lines)
+
+
+def _grouped(misses: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for where, reason in misses:
+        groups.setdefault(reason, []).append(where)
+    return list(groups.items())

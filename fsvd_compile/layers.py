@@ -1,0 +1,228 @@
+"""Cutting a graph at layer borders, so that layers of the same shape are compiled once and reused.
+
+A layer is a run of operations whose place in the model (Dynamo's `nn_module_stack`) goes through the same entry of a
+list of modules; what lies between runs is glue (embedding, masks, final norm, head). Two runs are the same layer when
+they do the same operations on inputs of the same layout; which weights and caches they read is an argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fsvd_compile.passes.graph import is_input, is_static, storage, val
+from fsvd_compile.passes.vocabulary import kind_of
+
+# Shorter runs are not worth a call of their own: the call costs about 20 us of Python on the host.
+MIN_NODES = 6
+
+_ENTRY = re.compile(r"^(.*?)(?:\.|\[')(\d+)(?=\.|'\]|\[|$)")
+
+
+@dataclasses.dataclass
+class Piece:
+    """A run of operations with the values it reads from and hands to the rest of the graph."""
+
+    nodes: list[Node]
+    inputs: list[Node]
+    outputs: list[Node]
+
+    def signature(self) -> tuple:
+        """What makes two pieces the same function: operations, constants, and how inputs lie in memory."""
+        local = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
+        body = tuple(
+            (node.op, _target_name(node), repr(map_arg(node.args, lambda n: _Ref(local[n]))),
+             repr(map_arg(node.kwargs, lambda n: _Ref(local[n]))))
+            for node in self.nodes
+        )  # fmt: skip
+        memory: dict[int | None, int] = {}
+        layout = tuple(
+            (tuple(v.shape), v.stride(), v.dtype, v.device, memory.setdefault(storage(n), i))
+            if (v := val(n)) is not None
+            else n  # a number is a symbol of this graph: shared with nobody
+            for i, n in enumerate(self.inputs)
+        )
+        return body, layout, tuple(local[n] for n in self.outputs)
+
+    def module(self) -> GraphModule:
+        """The run as a graph of its own, inputs in order of first use."""
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        for i, source in enumerate(self.inputs):
+            copies[source] = graph.placeholder(f"x{i}")
+            copies[source].meta = dict(source.meta)
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[n] for n in self.outputs))
+        return GraphModule({}, graph)
+
+
+class _Ref(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _target_name(node: Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
+
+
+def cut(graph: Graph) -> list[Piece]:
+    """The graph as pieces in order; a single piece when no layer repeats.
+
+    Graphs whose values have symbolic shapes are never cut: one symbol can bind several sizes, and a piece would
+    see only some of them.
+    """
+    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    # A sub-graph (of a control-flow or attention operator) is a constant that a piece cannot take as an input.
+    bodies = any(
+        n.op == "call_module" or (n.op == "get_attr" and val(n) is None) for n in graph.nodes
+    )
+    if bodies or not all(is_static(n) for n in graph.nodes):
+        return [_piece(calls)]
+    _bring_views_home(graph)
+    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    runs = _runs(calls)
+    pieces = [_piece(run) for run in runs]
+    repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
+    if not any(count > 1 for count in repeated.values()):
+        return [_piece(calls)]
+    return pieces
+
+
+def _runs(calls: list[Node]) -> list[list[Node]]:
+    prefix = _layer_list(calls)
+    runs: list[list[Node]] = []
+    last: object = object()
+    for node in calls:
+        key = _entry(node, prefix)
+        if key != last:
+            runs.append([])
+            last = key
+        runs[-1].append(node)
+    return runs
+
+
+def _layer_list(calls: list[Node]) -> str | None:
+    """The list of modules that holds the most operations."""
+    prefixes = Counter(m.group(1) for n in calls if (m := _ENTRY.match(_path(n))))
+    return prefixes.most_common(1)[0][0] if prefixes else None
+
+
+def _path(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _entry(node: Node, prefix: str | None) -> int | None:
+    found = _ENTRY.match(_path(node))
+    return int(found.group(2)) if found and found.group(1) == prefix else None
+
+
+def _bring_views_home(graph: Graph) -> None:
+    """Views of inputs that rewrites hoisted to the top belong to the layer that reads them."""
+    for node in list(graph.nodes):
+        if kind_of(node) in ("t", "transpose", "reshape") and is_input(node.args[0]) and node.users:
+            min(node.users).prepend(node)
+
+
+def _piece(nodes: list[Node]) -> Piece:
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    return Piece(nodes, inputs, outputs)
+
+
+Compile = Callable[[GraphModule, list[Any]], Callable]
+
+
+def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
+    """Compile a piece by itself.
+
+    A piece of tensors alone gets a tracing context of its own, so that nothing of the whole graph's leaks in. One that
+    also reads symbolic numbers (a cache length kept as an int) needs the symbols' own context, Dynamo's.
+    """
+    numbers = any(val(n) is None for n in piece.inputs)
+    mode = TracingContext.get().fake_mode if numbers else FakeTensorMode()
+    with mode:
+        inputs = [_fake_input(n) for n in piece.inputs]
+    module = piece.module()
+    for node in module.graph.nodes:
+        # Values of the mode that traced the whole graph would clash with these.
+        node.meta.pop("example_value", None)
+    if numbers:
+        return compile_fn(module, inputs)
+    with tracing(TracingContext(mode)):
+        return compile_fn(module, inputs)
+
+
+def _fake_input(node: Node) -> Any:
+    value = val(node)
+    if value is None:
+        return node.meta["example_value"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+class Program:
+    """Compiled pieces called in order.
+
+    Attributes:
+        steps: Per call: the function, which values it reads, and which values its results become; values are
+            numbered, the graph's inputs first.
+    """
+
+    def __init__(self, graph: Graph, pieces: Sequence[Piece], functions: Sequence[Callable]):
+        slots = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+        for piece in pieces:
+            for node in (*piece.inputs, *piece.outputs):
+                slots.setdefault(node, len(slots))
+        output = next(n for n in graph.nodes if n.op == "output")
+        self._result = map_arg(output.args[0], lambda n: _Slot(slots[n]))
+        kept = {slots[n] for n in output.all_input_nodes}
+        self._inputs = sum(1 for n in graph.nodes if n.op == "placeholder")
+        self._constants = [
+            (slots[n], operator.attrgetter(n.target)(graph.owning_module))
+            for n in slots
+            if n.op == "get_attr"
+        ]
+        self._size = len(slots)
+        self.steps: list[tuple[Callable, list[int], list[int], list[int]]] = []
+        last_read = {slots[n]: i for i, p in enumerate(pieces) for n in (*p.outputs, *p.inputs)}
+        for i, (piece, function) in enumerate(zip(pieces, functions, strict=True)):
+            reads = [slots[n] for n in piece.inputs]
+            done = [
+                s for s in set(reads) if last_read[s] == i and s not in kept and s >= self._inputs
+            ]
+            self.steps.append((function, reads, [slots[n] for n in piece.outputs], done))
+
+    def __call__(self, *args: Any) -> Any:
+        values: list[Any] = [*args, *([None] * (self._size - len(args)))]
+        for slot, constant in self._constants:
+            values[slot] = constant
+        for function, reads, writes, done in self.steps:
+            results = function(*[values[i] for i in reads])
+            for slot, result in zip(writes, results, strict=True):
+                values[slot] = result
+            for slot in done:  # an intermediate lives as long as it is read
+                values[slot] = None
+        return tuple(_fill(leaf, values) for leaf in self._result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+def _fill(leaf: Any, values: list[Any]) -> Any:
+    return values[leaf.index] if isinstance(leaf, _Slot) else leaf

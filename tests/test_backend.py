@@ -1,0 +1,178 @@
+"""The entry point, its options, and what it does with calls it must not fuse."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import zoo
+from harness import assert_close
+from torch import nn
+
+from fsvd_compile import Config, LowRankLinear
+from fsvd_compile.errors import OptionError
+from fsvd_compile.passes import PIPELINE
+from fsvd_compile.report import collect
+
+
+def chain(n_in=48, rank=9, n_out=40) -> nn.Module:
+    return nn.Sequential(LowRankLinear(n_in, n_out, rank), nn.ReLU()).eval()
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def test_works_without_importing_us():
+    done = python(
+        "import torch, sys; m = torch.compile(torch.nn.Linear(4, 4), backend='flashsvd');"
+        "assert 'flashsvd' in torch._dynamo.list_backends();"
+        "torch.set_grad_enabled(False); x = torch.randn(3, 4);"
+        "assert torch.allclose(m(x), m._orig_mod(x), atol=1e-6); print('fine')"
+    )
+    assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_import_needs_no_gpu_and_initialises_none():
+    done = python("import fsvd_compile, torch; print(torch.cuda.is_initialized())")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_names_that_would_shadow_other_packages_stay_unimportable():
+    done = python(
+        "import importlib.util as u; print(u.find_spec('passes'), u.find_spec('fsvd_compile') is None)"
+    )
+    assert done.stdout.split() == ["None", "False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"cuda_graph": "step"}, ["cuda_graph", "cuda_graphs", "max_captures"]),
+        ({"cuda_graphs": "always"}, ["cuda_graphs", "'always'", "'step'", "'layer'", "'off'"]),
+        ({"max_captures": 0}, ["max_captures", "0", "at least 1"]),
+        ({"max_captures": True}, ["max_captures", "True"]),
+        ({"kernels": "cuda"}, ["kernels", "'cuda'", "'aten'"]),
+        ({"layers": 1}, ["layers", "1", "True or False"]),
+        ({"disable": "residual"}, ["disable", "'residual'", "list"]),
+        ({"disable": ["residuals"]}, ["disable", "'residuals'", "residual", "siblings"]),
+        ({"inductor": 3}, ["inductor", "3", "dict"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_options_name_key_value_and_what_is_allowed(options, names):
+    with pytest.raises(OptionError) as error:
+        Config.of(options)
+    for name in names:
+        assert name in str(error.value)
+
+
+def test_a_bad_option_reaches_the_user_through_torch_compile():
+    with torch.no_grad(), pytest.raises(Exception, match="allowed keys: cuda_graphs"):
+        torch.compile(chain(), backend="flashsvd", options={"nope": 1})(torch.randn(2, 48))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs", None])
+def test_modes(mode):
+    model, x = chain(), torch.randn(2, 48)
+    with torch.no_grad():
+        assert_close("mode", torch.compile(model, backend="flashsvd", mode=mode)(x), model(x), 1e-5)
+
+
+def test_unknown_mode():
+    with pytest.raises(OptionError, match="reduce-overhead"):
+        Config.of(mode="fastest")
+
+
+@pytest.mark.parametrize(
+    "name", [r.name for r in PIPELINE if r.name in ("lowrank_chain", "siblings", "activation")]
+)
+def test_disabled_rewrites_do_not_run(name):
+    model, x = zoo.factorized("mlp"), torch.randn(3, 48)
+    compiled = torch.compile(model, backend="flashsvd", options={"disable": [name]})
+    with torch.no_grad(), collect() as reports:
+        assert_close("disabled", compiled(x), model(x), 1e-5)
+    assert name not in reports[0].matches
+
+
+def test_names_of_rewrites_are_unique():
+    names = [r.name for r in PIPELINE]
+    assert len(set(names)) == len(names)
+    assert all(r.what for r in PIPELINE)
+
+
+def test_gradients_flow_through_the_unfused_path_with_one_warning():
+    model = chain()
+    reference = chain()
+    reference.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="flashsvd")
+    torch._dynamo.reset()
+    x = torch.randn(5, 48)
+    with warnings.catch_warnings(record=True) as caught, collect() as reports:
+        warnings.simplefilter("always")
+        for batch in (x, x[:3]):
+            loss = compiled(batch).square().sum()
+    ours = [w for w in caught if "flashsvd" in str(w.message)]
+    assert len(ours) == 1
+    assert "torch.no_grad()" in str(ours[0].message)
+    assert all(r.unfused and not r.outcomes for r in reports)
+    loss.backward()
+    reference(x[:3]).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert_close(name, p.grad, q.grad, 1e-5)
+
+
+def test_training_mode_keeps_active_dropout():
+    model = nn.Sequential(nn.Linear(48, 9, bias=False), nn.Dropout(0.5), nn.Linear(9, 40)).train()
+    x = torch.ones(400, 48)
+    with torch.no_grad(), collect() as reports:
+        a, b = (torch.compile(model, backend="flashsvd")(x) for _ in range(2))
+    assert not torch.equal(a, b)
+    assert "lowrank_chain" not in reports[0].matches
+
+
+def test_autocast_runs_unfused():
+    model, x = chain(), torch.randn(5, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with collect() as reports:
+            actual = torch.compile(model, backend="flashsvd")(x)
+        assert_close("autocast", actual, model(x), 1e-2)
+    assert "autocast" in reports[0].unfused
+
+
+def test_grad_modes_and_inference_mode_agree():
+    model, x = chain().requires_grad_(False), torch.randn(5, 48)
+    compiled = torch.compile(model, backend="flashsvd")
+    expected = model(x)
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert_close(context.__name__, compiled(x), expected, 1e-5)
+
+
+def test_half_precision_and_fp64():
+    for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)):
+        model = chain().to(dtype)
+        x = torch.randn(7, 48, dtype=dtype)
+        with torch.no_grad():
+            actual = torch.compile(model, backend="flashsvd")(x)
+            expected = chain_in_fp64(model, x)
+        assert actual.dtype == dtype
+        assert_close(str(dtype), actual, expected, limit)
+
+
+def chain_in_fp64(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(model).double()(x.double())
+
+
+def test_reset_is_reached_through_dynamo():
+    from fsvd_compile import backend
+
+    backend._warned.add("something")
+    torch.compile(chain(), backend="flashsvd")
+    torch._dynamo.reset()
+    assert not backend._warned

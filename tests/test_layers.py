@@ -1,0 +1,158 @@
+"""Cutting at layer borders: same-shaped layers are lowered once, different ones never share code."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import zoo
+from harness import assert_close
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from fsvd_compile import LowRankLinear, backend
+from fsvd_compile.report import collect
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """The graphs that were handed on to be lowered."""
+    graphs = []
+
+    def compile_graph(gm, inputs):
+        graphs.append(gm)
+        return aot_eager(gm, inputs)
+
+    monkeypatch.setattr(backend, "_inductor", lambda config: compile_graph)
+    return graphs
+
+
+class Block(nn.Module):
+    def __init__(self, rank: int, act: nn.Module):
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(32), act
+        self.up, self.down = LowRankLinear(32, 64, rank), LowRankLinear(64, 32, rank)
+
+    def forward(self, x):
+        h = self.down(self.act(self.up(self.norm(x))))
+        return x + h * torch.sigmoid(h).cumsum(-1).tanh()
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module):
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.softmax(-1)
+
+
+def compile_and_check(model, lowered, *shape):
+    model = model.eval().requires_grad_(False)
+    x = torch.randn(*shape)
+    compiled = torch.compile(model, backend="flashsvd")
+    with torch.no_grad(), collect() as reports:
+        for _ in range(2):
+            assert_close("stack", compiled(x), model(x), 1e-5)
+    return reports[0]
+
+
+def test_same_layers_are_lowered_once(lowered):
+    report = compile_and_check(Stack(*(Block(6, nn.GELU()) for _ in range(5))), lowered, 3, 8)
+    assert report.layers == [1, 5, 1]
+    assert len(lowered) == 3
+
+
+def test_different_layers_do_not_share(lowered):
+    blocks = [
+        Block(6, nn.GELU()),
+        Block(7, nn.GELU()),
+        Block(6, nn.ReLU()),
+        Block(6, nn.GELU()),
+        Block(7, nn.GELU()),
+    ]
+    report = compile_and_check(Stack(*blocks), lowered, 3, 8)
+    assert sorted(report.layers) == [1, 1, 1, 2, 2]
+
+
+def test_layers_without_repetition_stay_one_graph(lowered):
+    report = compile_and_check(Stack(Block(5, nn.GELU()), Block(6, nn.GELU())), lowered, 3, 8)
+    assert report.layers == [1]
+    assert len(lowered) == 1
+
+
+def test_constants_differ_between_layers(lowered):
+    class Scaled(Block):
+        def __init__(self, scale: float):
+            super().__init__(6, nn.GELU())
+            self.scale = scale
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    report = compile_and_check(Stack(Scaled(1.0), Scaled(0.5), Scaled(1.0)), lowered, 3, 8)
+    assert sorted(report.layers) == [1, 1, 1, 2] or sorted(report.layers) == [1, 1, 2, 1]
+
+
+def test_off(lowered):
+    model = Stack(*(Block(6, nn.GELU()) for _ in range(3))).eval().requires_grad_(False)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        actual = torch.compile(model, backend="flashsvd", options={"layers": False})(x)
+    assert_close("whole", actual, model(x), 1e-5)
+    assert len(lowered) == 1
+
+
+def test_one_block_used_several_times(lowered):
+    block = Block(6, nn.GELU())
+    report = compile_and_check(Stack(block, block, block), lowered, 3, 8)
+    assert sum(report.layers) >= 1
+
+
+def test_buffers_and_caches_of_each_layer_are_its_own(lowered):
+    class Counting(Block):
+        def __init__(self):
+            super().__init__(6, nn.GELU())
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x):
+            self.seen.add_(x.mean(-1))
+            return super().forward(x) + self.seen[:, None]
+
+    torch.manual_seed(1)
+    model = Stack(*(Counting() for _ in range(3))).eval().requires_grad_(False)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="flashsvd")
+    with torch.no_grad(), collect() as reports:
+        for _ in range(4):
+            x = torch.randn(3, 8)
+            assert_close("counting", compiled(x), eager(x), 1e-5)
+    for ours, theirs in zip(model.blocks, eager.blocks, strict=True):
+        assert_close("seen", ours.seen, theirs.seen, 1e-5)
+    assert 3 in reports[0].layers
+
+
+def test_intermediates_are_freed(lowered):
+    """A program keeps a value no longer than its last reader needs it."""
+    from fsvd_compile.layers import Program
+
+    model = zoo.factorized("llama")
+    programs = []
+    plain = Program.__init__
+
+    def spy(self, *args):
+        plain(self, *args)
+        programs.append(self)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Program, "__init__", spy)
+        torch.compile(model, backend="flashsvd")(torch.randint(1, 97, (1, 5)), use_cache=False)
+    (program,) = programs
+    done = [slot for *_, slots in program.steps for slot in slots]
+    assert done
+    assert len(done) == len(set(done))

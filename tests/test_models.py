@@ -1,0 +1,272 @@
+"""Whole models: prompt and decode steps of the compiled model against the same model run eagerly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+import zoo
+from harness import assert_close
+from torch._dynamo.backends.debugging import aot_eager
+
+from fsvd_compile import backend
+from fsvd_compile.report import collect
+
+DECODERS = [name for name in zoo.MODELS if name not in ("bert", "mlp")]
+
+# Matches per graph for two layers: (prompt, decode). The same for every spelling of a factorized linear.
+LLAMA = {"lowrank_chain": 14, "siblings": 4, "gated_mlp": 2, "norm_prologue": 4, "residual": 4}
+STATIC = {"rope_append": 2, "attention": 2}
+GPT2 = {"lowrank_chain": 8, "activation": 2, "norm_prologue": 4, "residual": 4}
+EXPECTED = {
+    "llama": LLAMA | STATIC,
+    "mistral": LLAMA | STATIC,
+    "qwen2": LLAMA | STATIC,
+    "qwen3": LLAMA | STATIC,
+    # Norms stand between branch and residual, and attention has a softcap that no op knows.
+    "gemma2": {k: v for k, v in LLAMA.items() if k != "residual"} | {"rope_append": 2},
+    "gpt2": GPT2 | {"attention": 2},
+}
+COUNTED = (
+    "lowrank_chain",
+    "siblings",
+    "gated_mlp",
+    "activation",
+    "norm_prologue",
+    "residual",
+    "rope_append",
+    "attention",
+)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """AOTAutograd without Inductor: the same rewrites, pieces and mutations, seconds less to compile."""
+    monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+
+
+def counted(report) -> dict[str, int]:
+    return {name: n for name, n in report.matches.items() if name in COUNTED}
+
+
+def run(model, prompt, steps, cache, mask=None):
+    """Logits of the prompt and of greedy steps, and the tokens."""
+    logits, tokens = [], []
+    ids, lengths = prompt, prompt.shape[1]
+    with torch.no_grad():
+        for _ in range(steps + 1):
+            extra = {} if mask is None else {"attention_mask": mask}
+            out = model(ids, past_key_values=cache, use_cache=True, **extra)
+            logits.append(out.logits[:, -1])
+            ids = out.logits[:, -1:].argmax(-1)
+            tokens.append(ids)
+            lengths += 1
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.stack(logits, 1), torch.cat(tokens, 1)
+
+
+def check_decoder(name, spelling, cache_of, steps=16, batch=2, options=None):
+    model = zoo.factorized(name, spelling)
+    prompt = torch.randint(1, 97, (batch, 7))
+    expected, expected_tokens = run(model, prompt, steps, cache_of(model, batch))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    with collect() as reports:
+        actual, tokens = run(compiled, prompt, steps, cache_of(model, batch))
+    assert_close(f"{name}/{spelling} logits", actual, expected, 1e-5)
+    assert torch.equal(tokens, expected_tokens)
+    return reports
+
+
+def static(model, batch):
+    return zoo.static_cache(model, batch, 32)
+
+
+def dynamic(model, batch):
+    return transformers.DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("spelling", zoo.SPELLINGS)
+@pytest.mark.parametrize("name", [n for n in DECODERS if n != "opt"])
+def test_decoder_static_cache(cheap, name, spelling):
+    reports = check_decoder(name, spelling, static)
+    expected = [EXPECTED[name]] * 2
+    # Once a window is full, transformers shifts its cache instead of writing at a position; only
+    # every other layer of Gemma-2 has a window.
+    full = {"mistral": 0, "gemma2": 1}
+    if name in full:
+        last = {k: v for k, v in EXPECTED[name].items() if k != "rope_append"}
+        expected.append(last | ({"rope_append": full[name]} if full[name] else {}))
+    assert [r.phase for r in reports] == ["few", "decode", "decode"][: len(expected)]
+    assert [r.unfused for r in reports] == [None] * len(expected)
+    assert [counted(r) for r in reports] == expected
+
+
+ROTATED = [(name, list(zoo.SPELLINGS)[i % 3]) for i, name in enumerate(DECODERS)]
+
+
+@pytest.mark.parametrize(("name", "spelling"), ROTATED)
+def test_decoder_dynamic_cache(cheap, name, spelling):
+    reports = check_decoder(name, spelling, dynamic, steps=6)
+    expected = {"opt": GPT2 | {"lowrank_chain": 12, "siblings": 2}}.get(
+        name, EXPECTED.get(name, {})
+    )
+    chains = expected["lowrank_chain"]
+    assert [counted(r)["lowrank_chain"] for r in reports] == [chains] * len(reports)
+    assert all(counted(r).get("residual", 0) == expected.get("residual", 0) for r in reports)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "spelling"), ROTATED)
+def test_decoder_through_inductor(name, spelling):
+    check_decoder(name, spelling, dynamic if name == "opt" else static)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ops_kept_through_inductor(name):
+    """What a GPU runs in decode: our ops inside Inductor's graph, caches written through a mutating op."""
+    check_decoder(name, "sequential", static, options={"kernels": "ops"})
+
+
+def test_one_token_on_a_cpu_reads_weights_by_rows():
+    """Batch 1: every linear of the decode graph is a loop of Inductor's; attention is the one library call."""
+    prompt, decode = check_decoder("qwen2", "foreign", static, batch=1)
+    assert decode.layers == [1, 2, 1]
+    assert [k["library calls"] for k in decode.kernels] == [0, 1, 0]
+    assert all(k["library calls"] > 0 for k in prompt.kernels[1:])
+
+
+@pytest.fixture
+def triton_on_cpu():
+    """Our ops run their Triton kernels on CPU tensors, through Triton's interpreter."""
+    from fsvd_compile import kernels
+
+    library = torch.library.Library("fsvd", "IMPL")
+    for op in ("shrink", "expand", "rope_append", "attention"):
+        library.impl(op, getattr(kernels, f"{op}_triton"), "CPU", allow_override=True)
+    yield
+    library._destroy()
+    # Destroying an override leaves the op without a CPU implementation; put the plain one back.
+    restored = torch.library.Library("fsvd", "IMPL")
+    for op in ("shrink", "expand", "rope_append", "attention"):
+        restored.impl(op, getattr(kernels, f"{op}_aten"), "CPU", allow_override=True)
+    triton_on_cpu.kept = restored
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_triton_kernels_in_a_whole_model(cheap, triton_on_cpu, name):
+    check_decoder(name, "sequential", static, steps=3, options={"kernels": "ops"})
+
+
+@pytest.mark.parametrize("spelling", zoo.SPELLINGS)
+def test_bert(cheap, spelling):
+    model = zoo.factorized("bert", spelling)
+    ids = torch.randint(0, 97, (3, 11))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, 5:] = 0
+    with torch.no_grad(), collect() as reports:
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        actual = torch.compile(model, backend="flashsvd")(ids, attention_mask=mask)
+    assert_close("bert", actual.last_hidden_state, expected, 1e-5)
+    assert counted(reports[0]) == {
+        "lowrank_chain": 13, "siblings": 2, "activation": 2, "residual": 4, "attention": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", zoo.SPELLINGS)
+def test_plain_mlp(spelling):
+    model = zoo.factorized("mlp", spelling)
+    x = torch.randn(5, 48)
+    with torch.no_grad(), collect() as reports:
+        assert_close("mlp", torch.compile(model, backend="flashsvd")(x), model(x), 1e-5)
+    assert counted(reports[0]) == {"lowrank_chain": 3, "activation": 1, "norm_prologue": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_of"),
+    [("llama", static), ("llama", dynamic), ("mistral", static), ("gpt2", dynamic)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_left_padding(cheap, name, cache_of):
+    model = zoo.factorized(name)
+    prompt = torch.randint(1, 97, (3, 9))
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4], mask[2, :7] = 0, 0
+    expected, tokens = run(model, prompt, 6, cache_of(model, 3), mask)
+    torch._dynamo.reset()
+    actual, compiled_tokens = run(
+        torch.compile(model, backend="flashsvd"), prompt, 6, cache_of(model, 3), mask
+    )
+    assert_close(name, actual, expected, 1e-5)
+    assert torch.equal(compiled_tokens, tokens)
+
+
+def test_many_prompt_lengths_and_batches(cheap):
+    """Dynamic shapes: what Dynamo makes symbolic after the second length is right for every later one."""
+    model = zoo.factorized("llama")
+    compiled = torch.compile(model, backend="flashsvd")
+    torch._dynamo.reset()
+    with torch.no_grad(), collect() as reports:
+        for batch, length in [(1, 5), (1, 9), (2, 9), (3, 17), (1, 70), (4, 3)]:
+            ids = torch.randint(1, 97, (batch, length))
+            expected = model(ids, use_cache=False).logits
+            assert_close(f"{batch}x{length}", compiled(ids, use_cache=False).logits, expected, 1e-5)
+    assert len(reports) <= 3
+    assert reports[-1].phase == "any"
+    assert counted(reports[-1]) == LLAMA | {"attention": 2}
+
+
+def test_packed_tokens_like_continuous_batching(cheap):
+    """(1, total_tokens) inputs with explicit positions and a block-diagonal mask: the mask is what counts."""
+    model = zoo.factorized("llama")
+    lengths = (5, 3, 8)
+    ids = torch.randint(1, 97, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (owner[:, None] == owner[None]) & torch.ones(len(owner), len(owner), dtype=bool).tril()
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[None, None]}
+    with torch.no_grad(), collect() as reports:
+        expected = model(**inputs, use_cache=False).logits
+        actual = torch.compile(model, backend="flashsvd")(**inputs, use_cache=False).logits
+    assert_close("packed", actual, expected, 1e-5)
+    assert counted(reports[0])["attention"] == 2
+    start = 0
+    with torch.no_grad():
+        for n in lengths:
+            alone = model(ids[:, start : start + n], use_cache=False).logits
+            assert_close("alone", actual[:, start : start + n], alone, 1e-5)
+            start += n
+
+
+def test_a_model_that_matches_nothing(cheap):
+    torch.manual_seed(3)
+    model = zoo.MODELS["llama"]().eval().requires_grad_(False)
+    ids = torch.randint(1, 97, (2, 6))
+    with torch.no_grad(), collect() as reports:
+        actual = torch.compile(model, backend="flashsvd")(ids, use_cache=False).logits
+        assert_close("dense", actual, model(ids, use_cache=False).logits, 1e-5)
+    assert "lowrank_chain" not in reports[0].matches
+
+
+def test_two_caches_in_turn(cheap):
+    model = zoo.factorized("llama")
+    compiled = torch.compile(model, backend="flashsvd")
+    prompts = [torch.randint(1, 97, (2, 7)) for _ in range(2)]
+    caches = [static(model, 2) for _ in range(2)]
+    eager = [copy.deepcopy(c) for c in caches]
+    ids, eager_ids = list(prompts), list(prompts)
+    with torch.no_grad():
+        for _ in range(4):
+            for i in range(2):
+                out = compiled(ids[i], past_key_values=caches[i], use_cache=True).logits
+                ref = model(eager_ids[i], past_key_values=eager[i], use_cache=True).logits
+                assert_close(f"cache {i}", out, ref, 1e-5)
+                ids[i], eager_ids[i] = out[:, -1:].argmax(-1), ref[:, -1:].argmax(-1)
