@@ -82,6 +82,9 @@ def _fused(
     gm: GraphModule, example_inputs: list[Any], config: Config, report: GraphReport
 ) -> Callable:
     graph = gm.graph
+    placeholders = (n for n in graph.nodes if n.op == "placeholder")
+    for node, given in zip(placeholders, example_inputs, strict=True):
+        node.meta["stored"] = _has_static_address(given)
     context = Context(_device(example_inputs), config.kernels)
     wanted = [r for r in PIPELINE if r.name not in config.disable]
     written = _written_inputs(gm)  # before lowering hides the schemas of ops

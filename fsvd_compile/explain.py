@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def _graph_text(index: int, graph: GraphReport) -> str:
 
 
 def _grouped(misses: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Misses by reason; reasons that differ in the running number of a node alone are one."""
     groups: dict[str, list[str]] = {}
     for where, reason in misses:
-        groups.setdefault(reason, []).append(where)
+        groups.setdefault(re.sub(r"(?<=[a-z])(_\d+)+\b", "", reason), []).append(where)
     return list(groups.items())

@@ -15,7 +15,7 @@ from torch import nn
 
 from fsvd_compile import Config, LowRankLinear
 from fsvd_compile.errors import OptionError
-from fsvd_compile.passes import PIPELINE
+from fsvd_compile.passes import PIPELINE, Context, run
 from fsvd_compile.report import collect
 
 
@@ -176,3 +176,22 @@ def test_reset_is_reached_through_dynamo():
     torch.compile(chain(), backend="flashsvd")
     torch._dynamo.reset()
     assert not backend._warned
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["parameters", "computed"])
+def test_on_a_gpu_only_parameters_and_buffers_are_read_ahead(stored):
+    """Decided without a GPU: under programmatic dependent launch a computed weight may still be on its way."""
+    seen = {}
+
+    def rewrite(gm, inputs):
+        for node in gm.graph.nodes:
+            node.meta["stored"] = stored
+        outcomes = run(PIPELINE, gm.graph, Context("cuda"))
+        seen.update({o.name: (o.matches, [reason for _, reason in o.misses]) for o in outcomes})
+        return gm
+
+    with torch.no_grad():
+        torch.compile(zoo.factorized("mlp"), backend=rewrite)(torch.randn(3, 48))
+    matches, reasons = seen["lowrank_chain"]
+    assert matches == (3 if stored else 0)
+    assert stored or all("no parameter or buffer" in reason for reason in reasons)

@@ -177,7 +177,7 @@ def _moved_reads(match: Match) -> str | None:
 
 def _replace_rope_append(match: Match, graph: Graph) -> None:
     root = match.root
-    batch, _, rows, head = shape(match["q"])
+    _, _, rows, head = shape(match["q"])
 
     def table(node: Node) -> Node:
         lead = math.prod(shape(node)[:-1]) // rows

@@ -1,4 +1,4 @@
-"""What surrounds a low-rank pair moves into its ends: norms before a shrink, activations and residuals after an expand."""
+"""What surrounds a low-rank pair moves into it: norms into the shrink, activations and residuals into the expand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, Node
 
-from fsvd_compile.passes.graph import same_shape, shape, val
+from fsvd_compile.passes.graph import read_ahead, same_shape, shape, val
 from fsvd_compile.passes.ops import Expand, Shrink, emit_op, read
 from fsvd_compile.passes.pattern import Call, Either, Is, Match, Maybe, Pattern, Var
 from fsvd_compile.passes.rewrite import Context, Rewrite
@@ -179,6 +179,8 @@ def _norm_guard(match: Match, context: Context) -> str | None:
     for node in match.interior:
         if torch.promote_types(x.dtype, val(node).dtype) != val(node).dtype:
             return f"the norm rounds {x.dtype} to {val(node).dtype} at {node.name}"
+    if context.device == "cuda":
+        return read_ahead(match["weight"], match["bias"])
     return None
 
 
@@ -201,15 +203,18 @@ def _find_residual(graph: Graph) -> Iterator[Match]:
             continue
         orders = ((given["other"], given["input"]), (given["input"], given["other"]))
         branches = [
-            (v, o) for v, o in orders if read(v, Expand) and isinstance(o, Node) and v is not o
+            (v, o) for v, o in orders if _is_branch(v) and isinstance(o, Node) and v is not o
         ]
-        # The stream itself often ends in an expand too; the branch is the one nobody else reads.
-        branches.sort(
-            key=lambda pair: (len(pair[0].users), read(pair[0], Expand).residual is not None)
-        )
+        branches.sort(key=lambda pair: len(pair[0].users))
         if branches:
             value, other = branches[0]
             yield Match(node, {"expand": value, "residual": other}, [value])
+
+
+def _is_branch(node: object) -> bool:
+    """An expand that is added to the stream; one that has a residual and several readers is the stream."""
+    expand = read(node, Expand)
+    return expand is not None and (expand.residual is None or len(node.users) == 1)
 
 
 def _residual_guard(match: Match, context: Context) -> str | None:

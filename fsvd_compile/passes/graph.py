@@ -78,14 +78,16 @@ def is_plain(node: Any) -> bool:
     return storage(node) is not None
 
 
-# Statements and operators that write their first operand, as functions (`operator.isub`) and methods (`__isub__`).
-_IN_PLACE_OPERATORS = frozenset(
-    "setitem delitem iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
-)
+# Statements and operators that write their first operand, as functions (`operator.isub`) and methods
+# (`__isub__`).
+_IN_PLACE_OPERATORS = frozenset({
+    "setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow",
+    "iand", "ior", "ixor", "ilshift", "irshift",
+})  # fmt: skip
 # Names that end in an underscore and write nothing.
 _KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)
-# torch.nn.functional.batch_norm and friends: the running statistics, in either order of arguments.
-_RUNNING = {"batch_norm": slice(1, 5), "instance_norm": slice(1, 5)}
+# These update running statistics, their second and third or fourth and fifth arguments.
+_NORMS = ("batch_norm", "instance_norm")
 
 
 def written_by(node: Node) -> list[Node]:
@@ -101,31 +103,29 @@ def written_by(node: Node) -> list[Node]:
         return _written_by_bodies(node)
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return [*_written_by_schema(node), *out]
-    if isinstance(
-        getattr(target, "writes", None), tuple
-    ):  # an op lowered to a function of torch ops
+    # An op that was lowered to a function of torch ops says so itself.
+    if isinstance(getattr(target, "writes", None), tuple):
         return [node.args[i] for i in target.writes]
     name = getattr(target, "__name__", "")
     if target not in _KEYWORDS and (_name_writes(name) or _argument(node, "inplace") is True):
         return [*_nodes(node.args[0] if node.args else node.kwargs.get("input")), *out]
     if name in ("embedding", "embedding_bag") and _argument(node, "max_norm") is not None:
         return _nodes(_argument(node, "weight"))
-    if name in _RUNNING and (node.args[5:6] or (node.kwargs.get("training"),))[0] is not False:
+    if name in _NORMS and (*node.args[5:6], node.kwargs.get("training"))[0] is not False:
         running = [v for k, v in node.kwargs.items() if k.startswith("running_")]
-        return _nodes([*node.args[_RUNNING[name]], *running])
+        return _nodes([*node.args[1:5], *running])
     return out
 
 
 def _nodes(value: Any) -> list[Node]:
-    return [
-        v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, Node)
-    ]
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [v for v in values if isinstance(v, Node)]
 
 
 def _name_writes(name: str) -> bool:
-    return name.strip("_") in _IN_PLACE_OPERATORS or (
-        name.endswith("_") and not name.endswith("__")
-    )
+    if name.strip("_") in _IN_PLACE_OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _argument(node: Node, name: str) -> Any:
@@ -150,9 +150,10 @@ def _written_by_schema(node: Node) -> list[Node]:
     written: list[Node] = []
     for overload in overloads:
         for i, parameter in enumerate(overload._schema.arguments):
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                given = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-                written += _nodes(given)
+            if parameter.alias_info is None or not parameter.alias_info.is_write:
+                continue
+            positional = not parameter.kwarg_only and i < len(node.args)
+            written += _nodes(node.args[i] if positional else node.kwargs.get(parameter.name))
     return list(dict.fromkeys(written))
 
 
@@ -279,6 +280,23 @@ def first_call(graph: Graph) -> Node:
 
 def is_input(node: Any) -> bool:
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
+
+
+def is_stored(node: Any) -> bool:
+    """Whether a value is a parameter or buffer of the model (the backend marks them), or a view of one."""
+    while isinstance(node, Node) and kind_of(node) in ("t", "transpose", "reshape"):
+        node = node.args[0]
+    return is_input(node) and (node.op == "get_attr" or node.meta.get("stored", False))
+
+
+def read_ahead(*weights: Node | None) -> str | None:
+    """Why operands may not be read as weights are on a GPU: before the kernel in front has finished.
+
+    Under programmatic dependent launch our kernels request weights while their predecessor still runs, which is
+    right for what no kernel writes; a "weight" that was just computed may still be on its way.
+    """
+    computed = next((w for w in weights if w is not None and not is_stored(w)), None)
+    return None if computed is None else f"{computed.name} is no parameter or buffer"
 
 
 def transposed(graph: Graph, weight: Node, before: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Choosing the implementation: fused operations stay ops where our kernels run, and become ATen where Inductor does better.
+"""Choosing the implementation: fused ops stay where our kernels run and become ATen where Inductor does better.
 
 On a CPU, and for prefill on a GPU, a packed group gains nothing from staying packed: every member becomes its own
 GEMM again, the norm before it one fused loop, and the slices between them disappear.

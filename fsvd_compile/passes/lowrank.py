@@ -15,6 +15,7 @@ from fsvd_compile.passes.graph import (
     is_plain,
     is_static,
     reaches_output,
+    read_ahead,
     same_shape,
     shape,
     storage,
@@ -52,6 +53,8 @@ def chain_guard(match: Match, context: Context) -> str | None:
     out_features = shape(u)[0]
     if rank * (in_features + out_features) >= in_features * out_features:
         return f"rank {rank} is not below break-even for {in_features} -> {out_features}"
+    if context.device == "cuda":
+        return read_ahead(v, u, match["vb"], match["ub"])
     return None
 
 
@@ -154,6 +157,8 @@ def _siblings_guard(match: Match, context: Context) -> str | None:
         writer = writes.any(member.last)
         if writer is not None:
             return f"{member.last.name} is written in place by {writer.name}"
+        if context.device == "cuda" and (reason := read_ahead(*member.operands)):
+            return reason
     return None
 
 

@@ -1,4 +1,4 @@
-"""One spelling per idea, so that the patterns after this stay few. Every rewrite here is exact or as exact as its source."""
+"""One spelling per idea, so that the patterns after this stay few; every rewrite is exact or as exact as its source."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fsvd_compile.phase import Phase, phase_of
-from fsvd_compile.passes.graph import Writes, drop_dead_code, is_plain, refresh_values, tokens, val
+from fsvd_compile.passes.graph import Writes, drop_dead_code, is_plain, refresh_values, val
 from fsvd_compile.passes.pattern import Match, Pattern
 from fsvd_compile.passes.vocabulary import kind_of
 
@@ -30,11 +29,6 @@ class Context:
 
     device: str = "cpu"
     kernels: str = "auto"
-
-    def phase(self, node: Node) -> Phase | None:
-        """The phase of a value's token count; None while that is symbolic."""
-        rows = tokens(node)
-        return None if rows is None else phase_of(rows)
 
 
 Find = Callable[[Graph], Iterable[Match]]
