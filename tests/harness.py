@@ -91,6 +91,9 @@ class Recorder:
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable:
         graph = gm.graph
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        for node, given in zip(placeholders, example_inputs, strict=True):
+            node.meta["stored"] = isinstance(given, nn.Parameter)  # as the backend marks them
         before = operations(graph)
         guards = _guards(graph)
         outcomes = run(self.rewrites, graph, self.context)

@@ -285,18 +285,24 @@ def is_input(node: Any) -> bool:
 def is_stored(node: Any) -> bool:
     """Whether a value is a parameter or buffer of the model (the backend marks them), or a view of one."""
     while isinstance(node, Node) and kind_of(node) in ("t", "transpose", "reshape"):
-        node = node.args[0]
+        node = node.all_input_nodes[0]
     return is_input(node) and (node.op == "get_attr" or node.meta.get("stored", False))
 
 
-def read_ahead(*weights: Node | None) -> str | None:
+def read_ahead(writes: Writes, *weights: Node | None) -> str | None:
     """Why operands may not be read as weights are on a GPU: before the kernel in front has finished.
 
     Under programmatic dependent launch our kernels request weights while their predecessor still runs, which is
-    right for what no kernel writes; a "weight" that was just computed may still be on its way.
+    right for what no kernel writes; a "weight" that was just computed or updated may still be on its way.
     """
-    computed = next((w for w in weights if w is not None and not is_stored(w)), None)
-    return None if computed is None else f"{computed.name} is no parameter or buffer"
+    for weight in weights:
+        if weight is None:
+            continue
+        if not is_stored(weight):
+            return f"{weight.name} is no parameter or buffer"
+        if (writer := writes.any(weight)) is not None:
+            return f"{weight.name} is written in place by {writer.name}"
+    return None
 
 
 def transposed(graph: Graph, weight: Node, before: Node) -> Node:

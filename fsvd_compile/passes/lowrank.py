@@ -54,7 +54,7 @@ def chain_guard(match: Match, context: Context) -> str | None:
     if rank * (in_features + out_features) >= in_features * out_features:
         return f"rank {rank} is not below break-even for {in_features} -> {out_features}"
     if context.device == "cuda":
-        return read_ahead(v, u, match["vb"], match["ub"])
+        return read_ahead(match.writes, v, u, match["vb"], match["ub"])
     return None
 
 
@@ -100,7 +100,7 @@ def _find_siblings(graph: Graph) -> Iterator[Match]:
             factorized = [m for m in group if m.u is not None]
             if len(group) > 1 and factorized:
                 ordered = factorized + [m for m in group if m.u is None]
-                yield Match(group[0].first, {"x": x, "members": ordered, "writes": writes})
+                yield Match(group[0].first, {"x": x, "members": ordered})
 
 
 def _unwritten_between(
@@ -137,7 +137,7 @@ def _sibling(user: Node, x: Node) -> _Sibling | None:
 def _siblings_guard(match: Match, context: Context) -> str | None:
     """One launch reads all first factors and one all second factors: the bytes stay, two kernels per
     further sibling go. Costs nothing where ops are lowered to ATen: there the group falls apart again."""
-    x, members, writes = match["x"], match["members"], match["writes"]
+    x, members, writes = match["x"], match["members"], match.writes
     first = match.root
     end = max(m.last for m in members)
     for node in (x, *(o for m in members for o in m.operands)):
@@ -157,7 +157,7 @@ def _siblings_guard(match: Match, context: Context) -> str | None:
         writer = writes.any(member.last)
         if writer is not None:
             return f"{member.last.name} is written in place by {writer.name}"
-        if context.device == "cuda" and (reason := read_ahead(*member.operands)):
+        if context.device == "cuda" and (reason := read_ahead(writes, *member.operands)):
             return reason
     return None
 

@@ -14,7 +14,6 @@ from fsvd_compile.passes.graph import (
     is_input,
     is_static,
     is_transpose,
-    refresh_values,
     same_shape,
     same_size,
     shape,
@@ -84,9 +83,6 @@ def _replace_in_place(match: Match, graph: Graph) -> Node:
     for user in list(target.users):
         if user > node:
             replace_argument(user, target, value)
-    node.replace_all_uses_with(value)
-    # The next in-place operation asks who shares memory with this one.
-    refresh_values(graph, {value})
     return value
 
 

@@ -107,12 +107,14 @@ def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -
     for match in rewrite.matches(graph):
         if match.root._erased or any(n._erased for n in match.interior):
             continue
+        match.writes = writes
         reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, writes)
         reason = reason or rewrite.guard(match, context)
         if reason is not None:
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
             continue
+        written = any(writes.any(node) for node in (match.root, *match.also))
         value = rewrite.replace(match, graph)
         if value is not None:
             moved.update(match.root.users)
@@ -121,6 +123,9 @@ def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -
             )
         _erase(graph, match)
         count += 1
+        if written:  # the next match must find those writes under the memory of the new values
+            refresh_values(graph, {n for n in graph.nodes if n not in before}, moved)
+            writes = Writes(graph)
     if count:
         drop_dead_code(graph)  # what nobody reads any more would pass for a second reader
         refresh_values(graph, {n for n in graph.nodes if n not in before}, moved)
