@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton, _tuning
 from fsvd_compile.kernels._triton import (
     activate,
@@ -412,6 +413,23 @@ def _norm_rows(
         g, h = norm_parameters(NORM_W, NORM_B, at, K, norm_offset, NORM, HAS_NORM_W, HAS_NORM_B)
         value = norm_apply(value, mean, rstd, g, h, NORM)
         tl.store(Y + m * K + at, value.to(Y.dtype.element_ty), mask=at < K)
+
+
+def check_operands(op: str, i: int, w: Tensor, b: Tensor | None, name: str, x: Tensor) -> None:
+    """Raises FactorError unless weight and bias number `i` of an op go with its input `x`, called `name`."""
+    if w.dtype != x.dtype:
+        raise FactorError(
+            f"{op}: weights[{i}] is {w.dtype} and {name} is {x.dtype}; cast one to the other."
+        )
+    if b is not None and (b.dim() != 1 or b.shape[0] != w.shape[0]):
+        raise FactorError(
+            f"{op}: biases[{i}] has shape {tuple(b.shape)}; weights[{i}] asks for "
+            f"[{w.shape[0]}] or None."
+        )
+    if b is not None and b.dtype != x.dtype:
+        raise FactorError(
+            f"{op}: biases[{i}] is {b.dtype} and {name} is {x.dtype}; cast one to the other."
+        )
 
 
 def linear(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton
-from fsvd_compile.kernels._linear import linear
+from fsvd_compile.kernels._linear import check_operands, linear
 from fsvd_compile.phase import Phase, phase_of
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -176,19 +176,7 @@ def _check(z, weights, biases, offsets, residual, activation) -> None:
                 f"expand: block {i} reads z[..., {start}:{start + w.shape[1]}] but z ends in "
                 f"{z.shape[-1]}; give an offset and a weight [n, rank] that fit."
             )
-        if w.dtype != z.dtype:
-            raise FactorError(
-                f"expand: weights[{i}] is {w.dtype} and z is {z.dtype}; cast one to the other."
-            )
-        if b is not None and (b.dim() != 1 or b.shape[0] != w.shape[0]):
-            raise FactorError(
-                f"expand: biases[{i}] has shape {tuple(b.shape)}; weights[{i}] asks for "
-                f"[{w.shape[0]}] or None."
-            )
-        if b is not None and b.dtype != z.dtype:
-            raise FactorError(
-                f"expand: biases[{i}] is {b.dtype} and z is {z.dtype}; cast one to the other."
-            )
+        check_operands("expand", i, w, b, "z", z)
     if activation in GATES and (len(weights) != 2 or weights[0].shape[0] != weights[1].shape[0]):
         raise FactorError(
             f"expand: activation={activation!r} got weights of "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton
-from fsvd_compile.kernels._linear import linear
+from fsvd_compile.kernels._linear import check_operands, linear
 from fsvd_compile.phase import Phase, phase_of
 
 NORMS = ("none", "rms", "layer")
@@ -163,19 +163,7 @@ def _check(x, weights, biases, norm, norm_weight, norm_bias) -> None:
                 f"shrink: weights[{i}] has shape {tuple(w.shape)} but x ends in {k}; "
                 f"it must be [rank, {k}], stored in any order."
             )
-        if w.dtype != x.dtype:
-            raise FactorError(
-                f"shrink: weights[{i}] is {w.dtype} and x is {x.dtype}; cast one to the other."
-            )
-        if b is not None and (b.dim() != 1 or b.shape[0] != w.shape[0]):
-            raise FactorError(
-                f"shrink: biases[{i}] has shape {tuple(b.shape)}; weights[{i}] asks for "
-                f"[{w.shape[0]}] or None."
-            )
-        if b is not None and b.dtype != x.dtype:
-            raise FactorError(
-                f"shrink: biases[{i}] is {b.dtype} and x is {x.dtype}; cast one to the other."
-            )
+        check_operands("shrink", i, w, b, "x", x)
     for name, v in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if v is not None and (v.dim() != 1 or v.shape[0] != k):
             raise FactorError(

@@ -222,7 +222,7 @@ def _residual_guard(match: Match, context: Context) -> str | None:
     expand, residual = read(match["expand"], Expand), match["residual"]
     if expand.residual is not None:
         return "the expand has a residual already"
-    if expand.activation.endswith("_mul") or expand.activation != "none":
+    if expand.activation != "none":
         return f"the expand ends in {expand.activation}: the sum belongs to the next layer"
     if val(residual) is None or not same_shape(shape(residual), shape(match["expand"])):
         return f"the residual is broadcast: {shape(residual)} + {shape(match['expand'])}"
