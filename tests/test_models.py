@@ -6,15 +6,13 @@ import copy
 
 import pytest
 import torch
-import transformers
 import zoo
+from decoding import DECODERS, check_decoder, dynamic, run, static
 from harness import assert_close
 from torch._dynamo.backends.debugging import aot_eager
 
 from fsvd_compile import backend
 from fsvd_compile.report import collect
-
-DECODERS = [name for name in zoo.MODELS if name not in ("bert", "mlp")]
 
 # Matches per graph for two layers: (prompt, decode). The same for every spelling of a factorized linear.
 LLAMA = {"lowrank_chain": 14, "siblings": 4, "gated_mlp": 2, "norm_prologue": 4, "residual": 4}
@@ -49,44 +47,6 @@ def cheap(monkeypatch):
 
 def counted(report) -> dict[str, int]:
     return {name: n for name, n in report.matches.items() if name in COUNTED}
-
-
-def run(model, prompt, steps, cache, mask=None):
-    """Logits of the prompt and of greedy steps, and the tokens."""
-    logits, tokens = [], []
-    ids, lengths = prompt, prompt.shape[1]
-    with torch.no_grad():
-        for _ in range(steps + 1):
-            extra = {} if mask is None else {"attention_mask": mask}
-            out = model(ids, past_key_values=cache, use_cache=True, **extra)
-            logits.append(out.logits[:, -1])
-            ids = out.logits[:, -1:].argmax(-1)
-            tokens.append(ids)
-            lengths += 1
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return torch.stack(logits, 1), torch.cat(tokens, 1)
-
-
-def check_decoder(name, spelling, cache_of, steps=16, batch=2, options=None):
-    model = zoo.factorized(name, spelling)
-    prompt = torch.randint(1, 97, (batch, 7))
-    expected, expected_tokens = run(model, prompt, steps, cache_of(model, batch))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="flashsvd", options=options)
-    with collect() as reports:
-        actual, tokens = run(compiled, prompt, steps, cache_of(model, batch))
-    assert_close(f"{name}/{spelling} logits", actual, expected, 1e-5)
-    assert torch.equal(tokens, expected_tokens)
-    return reports
-
-
-def static(model, batch):
-    return zoo.static_cache(model, batch, 32)
-
-
-def dynamic(model, batch):
-    return transformers.DynamicCache(config=model.config)
 
 
 @pytest.mark.parametrize("spelling", zoo.SPELLINGS)

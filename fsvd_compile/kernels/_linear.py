@@ -43,6 +43,7 @@ from fsvd_compile.kernels._triton import (
     norm_statistics,
     pick_int,
     pick_pointer,
+    pick_size,
     tile_statistics,
     tl,
 )
@@ -121,8 +122,8 @@ def _gemv(
     K_ALIGN: tl.constexpr = ALIGN if LAYOUT == "row" else 1
     m0 = tl.program_id(1) * TOKENS
     which, first, column = _locate(tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R)
-    n = pick_int(which, N, COUNT) * N_ALIGN
-    K = pick_int(which, KS, COUNT) * K_ALIGN
+    n = pick_size(which, N, COUNT) * N_ALIGN
+    K = pick_size(which, KS, COUNT) * K_ALIGN
     rows = first + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     row_ok = rows < n
@@ -138,7 +139,7 @@ def _gemv(
     keep = row_ok[:, None] & (k < K)[None, :]
     w = tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first")
     if GATED:
-        K_up = tl.cast(KS[1], tl.int64) * K_ALIGN
+        K_up = tl.cast(KS[1], tl.int32) * K_ALIGN
         u_at = W[1] + _weight_offsets(
             rows[:, None],
             k[None, :],
@@ -150,7 +151,7 @@ def _gemv(
         keep_up = row_ok[:, None] & (k < K_up)[None, :]
         u = tl.load(u_at, mask=keep_up, other=0.0, eviction_policy="evict_first")
     if HAS_BIAS:
-        bias_ok = rows < pick_int(which, NB, COUNT)
+        bias_ok = rows < pick_size(which, NB, COUNT)
         bias = tl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=bias_ok, other=0.0)
         bias = bias.to(tl.float32)
         if GATED:
@@ -288,8 +289,8 @@ def _skinny(
     N_ALIGN: tl.constexpr = ALIGN if LAYOUT == "col" else 1
     K_ALIGN: tl.constexpr = ALIGN if LAYOUT == "row" else 1
     which, first, column = _locate(tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R)
-    n = pick_int(which, N, COUNT) * N_ALIGN
-    K = pick_int(which, KS, COUNT) * K_ALIGN
+    n = pick_size(which, N, COUNT) * N_ALIGN
+    K = pick_size(which, KS, COUNT) * K_ALIGN
     rows = first + tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -307,7 +308,7 @@ def _skinny(
     keep = (k < K)[:, None] & row_ok[None, :]
     w = tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first")
     if GATED:
-        K_up = tl.cast(KS[1], tl.int64) * K_ALIGN
+        K_up = tl.cast(KS[1], tl.int32) * K_ALIGN
         u_at = W[1] + _weight_offsets(
             rows[None, :],
             k[:, None],
@@ -366,7 +367,7 @@ def _skinny(
             up = tl.dot(x, u, up, input_precision="ieee")
 
     if HAS_BIAS:
-        bias_ok = rows < pick_int(which, NB, COUNT)
+        bias_ok = rows < pick_size(which, NB, COUNT)
         bias = tl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=bias_ok, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     acc = activate(acc, ACT)

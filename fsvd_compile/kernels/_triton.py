@@ -120,10 +120,23 @@ def pick_pointer(which, items, COUNT: tl.constexpr):
 
 @jit
 def pick_int(which, items, COUNT: tl.constexpr):
-    """items[which] of a tuple of ints, as int64: sizes and strides end up in addresses."""
+    """items[which] of a tuple of ints, as int64: strides and offsets end up in addresses."""
     out = tl.cast(items[0], tl.int64)
     for i in tl.static_range(1, COUNT):
         out = tl.where(which == i, tl.cast(items[i], tl.int64), out)
+    return out
+
+
+@jit
+def pick_size(which, items, COUNT: tl.constexpr):
+    """items[which] of a tuple of ints, as int32: sizes are compared with indices.
+
+    In 64 bits the comparison costs two instructions, and Triton 3.6 (LLVM) gets the index wrong where
+    two of them widen side by side: it drops the mask of `tid & 31` (seen in fp32 tiles in a K loop).
+    """
+    out = tl.cast(items[0], tl.int32)
+    for i in tl.static_range(1, COUNT):
+        out = tl.where(which == i, tl.cast(items[i], tl.int32), out)
     return out
 
 

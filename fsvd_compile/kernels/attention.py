@@ -34,7 +34,9 @@ def attention_reference(
         scale: Multiplies q @ k^T.
 
     Returns:
-        `[B, Hq, M, Dv]`; a row that sees nothing is 0, as in `F.scaled_dot_product_attention`.
+        `[B, Hq, M, Dv]`; a row that sees nothing is 0, as in `F.scaled_dot_product_attention` on a
+        CPU. (On CUDA, torch's memory-efficient kernel gives such a row finite values of its own
+        when the mask is bool; in prefill the op is that kernel.)
 
     Raises:
         FactorError: shapes or dtypes disagree.

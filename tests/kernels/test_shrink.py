@@ -203,6 +203,12 @@ class TestGpu:
         )
         assert_close("y", OP(*args), shrink_reference(*args), 2e-3)
 
+    @pytest.mark.parametrize("k, ranks", ((88, (22,)), (4096, (1024, 512))))
+    @pytest.mark.parametrize("tokens", (1, 2, 14))
+    def test_fp32(self, tokens, k, ranks):
+        args = case((tokens,), ranks, k=k, device="cuda")
+        assert_close("y", OP(*args), shrink_reference(*args), 2e-6)
+
     @pytest.mark.parametrize("tokens", (1, 8))
     def test_pdl_is_bitwise(self, tokens):
         args = case((tokens,), (1024,) * 2, k=4096, dtype=torch.bfloat16, norm="rms", device="cuda")
