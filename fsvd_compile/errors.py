@@ -19,3 +19,11 @@ class FactorizeError(FlashSVDError, ValueError):
 
 class DeviceError(FlashSVDError, RuntimeError):
     """A device, driver or compiler that was asked for is not there."""
+
+
+class BenchError(FlashSVDError, ValueError):
+    """A measurement cannot be made, or its rows not be stored, as asked for."""
+
+
+class WrongResultError(FlashSVDError, RuntimeError):
+    """A compiled model's results are further from fp32 than eager's: a bug, not a measurement."""

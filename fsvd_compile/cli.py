@@ -1,0 +1,134 @@
+"""The `fsvd-compile` command: arguments in, one function of the package called, text out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import fsvd_compile
+from fsvd_compile import bench
+from fsvd_compile.bench import decode
+from fsvd_compile.errors import FlashSVDError, WrongResultError
+
+COMMAND = "fsvd-compile"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 where a result is wrong, 2 where the command cannot be carried out as
+        given (argparse itself raises SystemExit with 2).
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except FlashSVDError as error:
+        print(f"{COMMAND}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, WrongResultError) else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(COMMAND, description=_summary(fsvd_compile))
+    parser.add_argument("--version", action="version", version=fsvd_compile.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    benches = commands.add_parser("bench", help="measure").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    _add_decode(benches)
+    return parser
+
+
+def _add_decode(benches: argparse._SubParsersAction) -> None:
+    summary = _summary(decode)
+    parser = benches.add_parser("decode", help=summary, description=summary)
+    default = decode.Setting(device="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add(
+        "--model",
+        help=f"{', '.join(decode.MODELS)}: that shape with random weights; or a directory that "
+        "AutoModelForCausalLM.from_pretrained loads, whose linear layers are replaced by random "
+        "factors if --keep is below 1, as time does not depend on values "
+        f"(default {default.model})",
+    )
+    add(
+        "--keep",
+        type=float,
+        default=default.keep,
+        help="share of the parameters of every linear layer but the head, in (0, 1]; 1 leaves the "
+        "model dense, with its own weights (default %(default)s)",
+    )
+    add(
+        "--round",
+        type=int,
+        default=default.round,
+        help="ranks are rounded down to a multiple of this; 1 takes them as they come, such as "
+        "819 (default %(default)s)",
+    )
+    add("--batch", type=int, default=default.batch, help="sequences (default %(default)s)")
+    add(
+        "--context",
+        type=int,
+        default=default.context,
+        help="tokens of each sequence in the KV cache before a block of calls (default %(default)s)",
+    )
+    add(
+        "--cache",
+        type=int,
+        help=f"positions of the KV cache (default: the context and {decode.ROOM} more)",
+    )
+    add(
+        "--peers",
+        type=_names,
+        help=f"what to time, comma-separated, of {', '.join(decode.PEERS)}; dense-* run the dense "
+        f"model of the same shape (default {','.join(default.peers)})",
+    )
+    add("--device", default=default.device, help="cpu or cuda (default %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=default.rounds,
+        help="blocks of calls per peer and timer (default %(default)s)",
+    )
+    add(
+        "--calls", type=int, default=default.calls, help="timed calls a block (default %(default)s)"
+    )
+    add(
+        "--skip-check",
+        dest="check",
+        action="store_false",
+        help="do not compare logits with an fp32 copy (saves its memory)",
+    )
+    add(
+        "--json",
+        metavar="FILE",
+        help="add the rows to FILE, replacing those of the same name and conditions",
+    )
+    parser.set_defaults(run=_decode)
+
+
+def _decode(args: argparse.Namespace) -> int:
+    names = ("model", "keep", "round", "batch", "context", "cache", "peers", "device", "rounds")
+    names += ("calls", "check")
+    setting = decode.Setting(**{name: getattr(args, name) for name in names})
+    if args.json:
+        bench.load(args.json)  # a file that cannot take the rows is found before the measurement
+    rows = decode.run(setting, say=lambda line: print(line, flush=True))
+    print(decode.table(rows))
+    if args.json:
+        bench.add(rows, args.json)
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _summary(module: object) -> str:
+    return module.__doc__.partition("\n")[0]
