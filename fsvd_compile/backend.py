@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from fsvd_compile import generate
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
-from fsvd_compile.kernels import attention_aten
+from fsvd_compile.kernels import attention_aten, decode_attention_aten
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
@@ -148,7 +148,7 @@ def _counted(nodes: list[torch.fx.Node], report: GraphReport) -> Iterator[None]:
     before = metrics.generated_kernel_count
     yield
     library = [n for n in nodes if kind_of(n) in ("linear", "addmm", "matmul", "sdpa")]
-    library += [n for n in nodes if n.target is attention_aten]
+    library += [n for n in nodes if n.target in (attention_aten, decode_attention_aten)]
     report.kernels.append(
         {
             "fsvd ops": sum(1 for n in nodes if name_of(n)),

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fsvd_compile.kernels._triton import own_capture
+
 log = logging.getLogger(__name__)
 
 # About this many replays pay for one capture (synchronise, record, instantiate: a few plain calls).
@@ -66,8 +68,11 @@ class CudaApi:
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 # "thread_local": CUDA calls of other threads do not break the capture.
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                with (
+                    torch.cuda.graph(
+                        graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                    ),
+                    own_capture(),
                 ):
                     outputs = fn(*args)
             except BaseException:

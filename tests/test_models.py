@@ -36,6 +36,7 @@ COUNTED = (
     "residual",
     "rope_append",
     "attention",
+    "decode_attention",
 )
 
 
@@ -43,6 +44,12 @@ COUNTED = (
 def cheap(monkeypatch):
     """AOTAutograd without Inductor: the same rewrites, pieces and mutations, seconds less to compile."""
     monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+
+
+def joined(matches: dict[str, int]) -> dict[str, int]:
+    """What a decode graph has beyond a prompt's: appends joined with the attention behind them."""
+    both = min(matches.get("rope_append", 0), matches.get("attention", 0))
+    return matches | ({"decode_attention": both} if both else {})
 
 
 def counted(report) -> dict[str, int]:
@@ -53,13 +60,13 @@ def counted(report) -> dict[str, int]:
 @pytest.mark.parametrize("name", [n for n in DECODERS if n != "opt"])
 def test_decoder_static_cache(cheap, name, spelling):
     reports = check_decoder(name, spelling, static)
-    expected = [EXPECTED[name]] * 2
+    expected = [EXPECTED[name], joined(EXPECTED[name])]
     # Once a window is full, transformers shifts its cache instead of writing at a position; only
     # every other layer of Gemma-2 has a window.
     full = {"mistral": 0, "gemma2": 1}
     if name in full:
         last = {k: v for k, v in EXPECTED[name].items() if k != "rope_append"}
-        expected.append(last | ({"rope_append": full[name]} if full[name] else {}))
+        expected.append(joined(last | ({"rope_append": full[name]} if full[name] else {})))
     assert [r.phase for r in reports] == ["few", "decode", "decode"][: len(expected)]
     assert [r.unfused for r in reports] == [None] * len(expected)
     assert [counted(r) for r in reports] == expected
@@ -100,19 +107,22 @@ def test_one_token_on_a_cpu_reads_weights_by_rows():
     assert all(k["library calls"] > 0 for k in prompt.kernels[1:])
 
 
+OPS = ("shrink", "expand", "rope_append", "attention", "decode_attention")
+
+
 @pytest.fixture
 def triton_on_cpu():
     """Our ops run their Triton kernels on CPU tensors, through Triton's interpreter."""
     from fsvd_compile import kernels
 
     library = torch.library.Library("fsvd", "IMPL")
-    for op in ("shrink", "expand", "rope_append", "attention"):
+    for op in OPS:
         library.impl(op, getattr(kernels, f"{op}_triton"), "CPU", allow_override=True)
     yield
     library._destroy()
     # Destroying an override leaves the op without a CPU implementation; put the plain one back.
     restored = torch.library.Library("fsvd", "IMPL")
-    for op in ("shrink", "expand", "rope_append", "attention"):
+    for op in OPS:
         restored.impl(op, getattr(kernels, f"{op}_aten"), "CPU", allow_override=True)
     triton_on_cpu.kept = restored
 

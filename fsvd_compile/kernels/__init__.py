@@ -6,6 +6,7 @@
 | `fsvd::expand` | block-diagonal z_i @ U_i^T + b_i and epilogue | U, bias, SwiGLU, residual |
 | `fsvd::rope_append` | rotates q and k, writes k and v into the cache | rope, two index_copy_ |
 | `fsvd::attention` | grouped-query attention that reads K and V once | repeat_kv, SDPA |
+| `fsvd::decode_attention` | the two above for one token a sequence | both |
 
 Each file has `<op>_reference` (fp32 ground truth), `<op>_aten` (torch ops only: for CPUs, and for
 Inductor to fuse in prefill) and `<op>_triton` (the kernels). A CUDA tensor takes the path
@@ -13,6 +14,11 @@ Inductor to fuse in prefill) and `<op>_triton` (the kernels). A CUDA tensor take
 """
 
 from fsvd_compile.kernels.attention import attention_aten, attention_reference, attention_triton
+from fsvd_compile.kernels.decode_attention import (
+    decode_attention_aten,
+    decode_attention_reference,
+    decode_attention_triton,
+)
 from fsvd_compile.kernels.expand import expand_aten, expand_reference, expand_triton
 from fsvd_compile.kernels.rope_append import (
     rope_append_aten,
@@ -25,6 +31,9 @@ __all__ = [
     "attention_aten",
     "attention_reference",
     "attention_triton",
+    "decode_attention_aten",
+    "decode_attention_reference",
+    "decode_attention_triton",
     "expand_aten",
     "expand_reference",
     "expand_triton",

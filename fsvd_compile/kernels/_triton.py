@@ -7,8 +7,10 @@ then stay plain Python functions that nobody calls, and `require_triton` says wh
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,6 +86,23 @@ def supports_pdl(device: torch.device) -> bool:
     """Whether kernels use programmatic dependent launch: from sm_90 on, unless `FSVD_PDL=0`."""
     found = capability(device)
     return found is not None and found >= (9, 0) and os.environ.get("FSVD_PDL", "1") != "0"
+
+
+_own_capture = contextvars.ContextVar("fsvd_own_capture", default=False)
+
+
+@contextlib.contextmanager
+def own_capture() -> Iterator[None]:
+    """Marks the capture of one CUDA graph of this package, which holds one call of a compiled graph."""
+    token = _own_capture.set(True)
+    try:
+        yield
+    finally:
+        _own_capture.reset(token)
+
+
+def in_own_capture() -> bool:
+    return _own_capture.get()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, **kwargs: Any):
@@ -218,6 +237,33 @@ def norm_apply(x, mean, rstd, weight, bias, NORM: tl.constexpr):
     if NORM != "none":
         x = x * rstd * weight + bias
     return x
+
+
+@jit
+def locate(pid, N, N_ALIGN: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(which weight, its first row here, its first output column) of a program."""
+    which = 0
+    first = 0
+    column = 0
+    for i in tl.static_range(0, COUNT - 1):
+        n = N[i] * N_ALIGN
+        past = pid >= first + tl.cdiv(n, BLOCK_R)
+        past = past & (which == i)
+        which = tl.where(past, i + 1, which)
+        first = tl.where(past, first + tl.cdiv(n, BLOCK_R), first)
+        column = tl.where(past, column + n, column)
+    return which, (pid - first) * BLOCK_R, column
+
+
+@jit
+def weight_offsets(rows, k, stride_r, stride_k, LAYOUT: tl.constexpr):
+    """Offsets of a tile; `rows` and `k` come shaped to broadcast."""
+    if LAYOUT == "row":
+        return rows * stride_r + k
+    elif LAYOUT == "col":
+        return rows + k * stride_k
+    else:
+        return rows * stride_r + k * stride_k
 
 
 @jit

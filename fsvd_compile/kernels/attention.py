@@ -41,7 +41,7 @@ def attention_reference(
     Raises:
         FactorError: shapes or dtypes disagree.
     """
-    _check(q, k, v, mask)
+    check("attention", q, k, v, mask)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     k, v = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
@@ -63,7 +63,7 @@ def attention_aten(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     Returns:
         `[B, Hq, M, Dv]`, a view of a contiguous `[B, M, Hq, Dv]`.
     """
-    _check(q, k, v, mask)
+    check("attention", q, k, v, mask)
     b, heads, m, d = q.shape
     kv_heads, dv = k.shape[1], v.shape[3]
     group = heads // kv_heads
@@ -307,7 +307,7 @@ def attention_triton(
     pdl: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """`attention_reference` in q's dtype by a split-KV kernel; its GPU speed is not measured yet.
+    """`attention_reference` in q's dtype by a split-KV kernel. Its tiles are not tuned.
 
     Flash decoding (Dao et al., 2023): programs over batch, KV head and KV split, all query rows of
     the KV head (group times tokens) in one tile of up to 64, and a second kernel that combines the
@@ -324,7 +324,7 @@ def attention_triton(
         DeviceError: Triton is missing, or q is on a CPU without Triton's interpreter.
         FactorError: as in `attention_reference`.
     """
-    _check(q, k, v, mask)
+    check("attention", q, k, v, mask)
     _triton.require_triton(q)
     b, heads, m, d = q.shape
     kv_heads, s, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -342,16 +342,8 @@ def attention_triton(
         device=q.device,
     )
     splits = splits or tile.splits
-    rows = b * heads * m
-    part = stats = out
-    if splits > 1:
-        part = torch.empty((rows, splits, dv), dtype=torch.float32, device=q.device)
-        stats = torch.empty((rows, splits, 2), dtype=torch.float32, device=q.device)
-    kind = "none"
-    if mask is not None:
-        kind = "bool" if mask.dtype == torch.bool else "float"
-        mask = mask.expand(b, heads, m, s)
-        mask = mask.view(torch.uint8) if kind == "bool" else mask
+    part, stats = partial_results(out, b * heads * m, splits)
+    kind, mask = mask_argument(mask, (b, heads, m, s))
     interpreted = _triton.interpreted()
     _triton.launch(
         _attention,
@@ -388,70 +380,92 @@ def attention_triton(
         num_stages=tile.num_stages,
     )
     if splits > 1:
-        _triton.launch(
-            _combine,
-            (rows,),
-            q.device,
-            pdl,
-            PART=part,
-            STATS=stats,
-            OUT=out,
-            GROUP=group,
-            M=m,
-            KV_HEADS=kv_heads,
-            SPLITS=splits,
-            DV=dv,
-            BLOCK_S=next_power_of_2(splits),
-            BLOCK_DV=next_power_of_2(dv),
-            num_warps=4,
-        )
+        combine(part, stats, out, kv_heads, group, m, pdl)
     return out.transpose(1, 2)
 
 
-def _check(q, k, v, mask) -> None:
+def mask_argument(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str, Tensor | None]:
+    """(kind, mask) as the kernels take them: "none", "bool" (bytes) or "float", expanded to `shape`."""
+    if mask is None:
+        return "none", None
+    mask = mask.expand(shape)
+    return ("bool", mask.view(torch.uint8)) if mask.dtype == torch.bool else ("float", mask)
+
+
+def partial_results(out: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor]:
+    """fp32 `[rows, splits, Dv]` and (largest score, sum of weights) `[rows, splits, 2]`; `out` for one split."""
+    if splits == 1:
+        return out, out
+    make = {"dtype": torch.float32, "device": out.device}
+    return torch.empty((rows, splits, out.shape[3]), **make), torch.empty((rows, splits, 2), **make)
+
+
+def combine(
+    part: Tensor, stats: Tensor, out: Tensor, kv_heads: int, group: int, m: int, pdl: bool
+) -> None:
+    """Fills `out` `[B, M, Hq, Dv]` with the splits' results, in proportion to their softmax sums."""
+    rows, splits, dv = part.shape
+    _triton.launch(
+        _combine,
+        (rows,),
+        out.device,
+        pdl,
+        PART=part,
+        STATS=stats,
+        OUT=out,
+        GROUP=group,
+        M=m,
+        KV_HEADS=kv_heads,
+        SPLITS=splits,
+        DV=dv,
+        BLOCK_S=next_power_of_2(splits),
+        BLOCK_DV=next_power_of_2(dv),
+        num_warps=4,
+    )
+
+
+def check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Raises FactorError unless `op` can attend with these operands."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise FactorError(
-                f"attention: {name} has shape {tuple(t.shape)}; "
-                "it must be [batch, heads, length, dim]."
+                f"{op}: {name} has shape {tuple(t.shape)}; it must be [batch, heads, length, dim]."
             )
         if t.dtype != q.dtype:
             raise FactorError(
-                f"attention: {name} is {t.dtype} and q is {q.dtype}; cast one to the other first."
+                f"{op}: {name} is {t.dtype} and q is {q.dtype}; cast one to the other first."
             )
     b, heads, m, d = q.shape
     kv_heads, s = k.shape[1], k.shape[2]
     if k.shape[0] != b or k.shape[3] != d:
         raise FactorError(
-            f"attention: k has shape {tuple(k.shape)}; "
+            f"{op}: k has shape {tuple(k.shape)}; "
             f"q {tuple(q.shape)} asks for [{b}, heads, length, {d}]."
         )
     if tuple(v.shape[:3]) != tuple(k.shape[:3]):
         raise FactorError(
-            f"attention: v has shape {tuple(v.shape)}; "
+            f"{op}: v has shape {tuple(v.shape)}; "
             f"k {tuple(k.shape)} asks for [{b}, {kv_heads}, {s}, any]."
         )
     if kv_heads == 0 or heads % kv_heads:
         raise FactorError(
-            f"attention: {heads} query heads cannot share {kv_heads} key heads evenly; "
+            f"{op}: {heads} query heads cannot share {kv_heads} key heads evenly; "
             "the query heads must be a multiple."
         )
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise FactorError(f"attention: mask is {mask.dtype}; it must be bool or floating.")
+        raise FactorError(f"{op}: mask is {mask.dtype}; it must be bool or floating.")
     want = (b, heads, m, s)
     if mask.dim() > 4 or any(
         have != 1 and have != full
         for have, full in zip(reversed(mask.shape), reversed(want), strict=False)
     ):
-        raise FactorError(
-            f"attention: mask has shape {tuple(mask.shape)}; it must broadcast to {want}."
-        )
+        raise FactorError(f"{op}: mask has shape {tuple(mask.shape)}; it must broadcast to {want}.")
 
 
 def _fake(q, k, v, mask, scale):
-    _check(q, k, v, mask)
+    check("attention", q, k, v, mask)
     b, heads, m, _ = q.shape
     return q.new_empty((b, m, heads, v.shape[3])).transpose(1, 2)
 

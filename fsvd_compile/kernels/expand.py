@@ -116,7 +116,7 @@ def expand_triton(
     pdl: bool = False,
     phase: Phase | None = None,
 ) -> Tensor:
-    """`expand_reference` in z's dtype by Triton kernels; their GPU speed is not measured yet.
+    """`expand_reference` in z's dtype by Triton kernels.
 
     Accumulates in fp32 and rounds once, after activation and residual. Nothing is padded here: a
     rank that is a multiple of 8 (in 16-bit types) and stored with such a stride is read 16 bytes a

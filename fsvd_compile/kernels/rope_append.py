@@ -7,7 +7,12 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton
-from fsvd_compile.kernels._triton import cdiv, jit, next_power_of_2, tl
+from fsvd_compile.kernels._triton import (
+    cdiv,
+    jit,
+    next_power_of_2,
+    tl,
+)
 
 _LIB = torch.library.Library("fsvd", "FRAGMENT")
 _LIB.define(
@@ -43,7 +48,7 @@ def rope_append_reference(
         FactorError: shapes or dtypes disagree. IndexError, RuntimeError: a position outside the
         cache (ATen); the Triton kernel skips such a row.
     """
-    _check(q, k, v, cos, sin, k_cache, v_cache, position)
+    check("rope_append", q, k, v, cos, sin, k_cache, v_cache, position)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
     k_out = k_cache.to(wide).index_copy(2, position, _rotated(k.to(wide), cos, sin))
@@ -68,7 +73,7 @@ def rope_append_aten(
         wrote q, so nothing is transposed on the way; for one token it is the contiguous `[B, Hq, M,
         D]` as well.
     """
-    _check(q, k, v, cos, sin, k_cache, v_cache, position)
+    check("rope_append", q, k, v, cos, sin, k_cache, v_cache, position)
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
     k_cache.index_copy_(2, position, _rotated(k.to(wide), cos, sin).to(k_cache.dtype))
@@ -76,6 +81,10 @@ def rope_append_aten(
     out = _rotated(q.to(wide), cos, sin).to(q.dtype)
     b, h, m, d = q.shape
     return out.transpose(1, 2).contiguous().view(b, m, h, d).transpose(1, 2)
+
+
+# Which arguments the function writes, for everyone who asks what a node writes.
+rope_append_aten.writes = (5, 6)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -191,7 +200,7 @@ def rope_append_triton(
     *,
     pdl: bool = False,
 ) -> Tensor:
-    """`rope_append_aten` in one Triton kernel; its GPU speed is not measured yet.
+    """`rope_append_aten` in one Triton kernel.
 
     A program owns one token and a few query heads, or a few key/value heads. A position outside the
     cache is skipped, where ATen raises.
@@ -206,14 +215,9 @@ def rope_append_triton(
         DeviceError: Triton is missing, or q is on a CPU without Triton's interpreter.
         FactorError: as in `rope_append_reference`; or the head dim of a cache is not contiguous.
     """
-    _check(q, k, v, cos, sin, k_cache, v_cache, position)
+    check("rope_append", q, k, v, cos, sin, k_cache, v_cache, position)
     _triton.require_triton(q)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(3) != 1 and cache.shape[3] > 1:
-            raise FactorError(
-                f"rope_append: {name} has strides {cache.stride()}; "
-                "its last dimension must be contiguous."
-            )
+    check_contiguous_heads("rope_append", k_cache, v_cache)
     cos, sin = (t if t.stride(2) == 1 else t.contiguous() for t in (cos, sin))
     b, heads, m, d = q.shape
     kv_heads, dv = v.shape[1], v.shape[3]
@@ -259,17 +263,36 @@ def rope_append_triton(
     return out.transpose(1, 2)
 
 
-def _check(q, k, v, cos, sin, k_cache, v_cache, position) -> None:
+def check_contiguous_heads(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises FactorError unless the last dimension of both caches is contiguous."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(3) != 1 and cache.shape[3] > 1:
+            raise FactorError(
+                f"{op}: {name} has strides {cache.stride()}; its last dimension must be contiguous."
+            )
+
+
+def check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+) -> None:
+    """Raises FactorError unless `op` can rotate and append with these operands."""
     for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise FactorError(
-                f"rope_append: {name} has shape {tuple(t.shape)}; "
-                "it must be [batch, heads, length, dim]."
+                f"{op}: {name} has shape {tuple(t.shape)}; it must be [batch, heads, length, dim]."
             )
     b, _, m, d = q.shape
     heads, dv = k.shape[1], v.shape[3]
     if d % 2:
-        raise FactorError(f"rope_append: head dim {d} is odd; rotating halves needs an even one.")
+        raise FactorError(f"{op}: head dim {d} is odd; rotating halves needs an even one.")
     for name, t, want in (
         ("k", k, (b, heads, m, d)),
         ("v", v, (b, heads, m, dv)),
@@ -279,21 +302,21 @@ def _check(q, k, v, cos, sin, k_cache, v_cache, position) -> None:
     ):
         if tuple(t.shape) != want:
             raise FactorError(
-                f"rope_append: {name} has shape {tuple(t.shape)}; q {tuple(q.shape)} and its "
+                f"{op}: {name} has shape {tuple(t.shape)}; q {tuple(q.shape)} and its "
                 f"companions ask for {want}."
             )
     for name, t in (("cos", cos), ("sin", sin)):
         if t.dim() != 3 or tuple(t.shape[1:]) != (m, d) or t.shape[0] not in (1, b):
             raise FactorError(
-                f"rope_append: {name} has shape {tuple(t.shape)}; q {tuple(q.shape)} asks for "
+                f"{op}: {name} has shape {tuple(t.shape)}; q {tuple(q.shape)} asks for "
                 f"[1 or {b}, {m}, {d}]."
             )
     if position.dtype != torch.int64:
-        raise FactorError(f"rope_append: position is {position.dtype}; it must be torch.int64.")
+        raise FactorError(f"{op}: position is {position.dtype}; it must be torch.int64.")
 
 
 def _fake(q, k, v, cos, sin, k_cache, v_cache, position):
-    _check(q, k, v, cos, sin, k_cache, v_cache, position)
+    check("rope_append", q, k, v, cos, sin, k_cache, v_cache, position)
     b, h, m, d = q.shape
     return q.new_empty((b, m, h, d)).transpose(1, 2)
 

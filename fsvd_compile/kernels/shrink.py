@@ -112,7 +112,7 @@ def shrink_triton(
     pdl: bool = False,
     phase: Phase | None = None,
 ) -> Tensor:
-    """`shrink_reference` in x's dtype by Triton kernels; their GPU speed is not measured yet.
+    """`shrink_reference` in x's dtype by Triton kernels.
 
     Accumulates in fp32 and rounds once. In the decode phase the norm is never rounded; for more
     tokens it is, to x's dtype, as in eager.

@@ -1,6 +1,7 @@
 """The pipeline: every rewrite in the order it runs. README.md beside this file has the table and the invariants."""
 
 from fsvd_compile.passes.attention import ATTENTION
+from fsvd_compile.passes.decode import DECODE
 from fsvd_compile.passes.epilogue import EPILOGUE
 from fsvd_compile.passes.lower import lower
 from fsvd_compile.passes.lowrank import LOWRANK
@@ -12,6 +13,7 @@ PIPELINE: tuple[Rewrite, ...] = (
     *LOWRANK,  # chains, then siblings: packing needs the pairs
     *EPILOGUE,  # gated before plain activation, norms after packing (one reader), residuals last
     *ATTENTION,  # RoPE and append before attention: the append leaves the caches themselves as operands
+    *DECODE,  # the two before it, joined
 )
 
 __all__ = ["PIPELINE", "Context", "Outcome", "Rewrite", "lower", "run"]

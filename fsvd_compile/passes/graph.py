@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -190,6 +190,14 @@ class Writes:
     def any(self, read: Node) -> Node | None:
         """A node anywhere that writes the memory of `read`, or None."""
         return next(iter(self._by_storage.get(storage(read), ())), None)
+
+
+def readers(graph: Graph, memory: Node) -> Iterator[Node]:
+    """Every node that takes an argument in the memory of `memory`."""
+    key = storage(memory)
+    for node in graph.nodes:
+        if any(storage(n) == key for n in node.all_input_nodes):
+            yield node
 
 
 def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -> Node:

@@ -13,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from fsvd_compile.kernels import attention_aten, rope_append_aten
+from fsvd_compile.kernels import attention_aten, decode_attention_aten, rope_append_aten
 from fsvd_compile.kernels.expand import activated
 from fsvd_compile.kernels.shrink import normed
 from fsvd_compile.passes.graph import emit, is_static, refresh_values, shape, tokens, val
 from fsvd_compile.passes.lowrank import own_memory
-from fsvd_compile.passes.ops import Attention, Expand, RopeAppend, Shrink, read
+from fsvd_compile.passes.ops import (
+    Attention,
+    DecodeAttention,
+    Expand,
+    RopeAppend,
+    Shrink,
+    read,
+)
 from fsvd_compile.passes.rewrite import Context
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import Phase, phase_of
@@ -80,7 +87,7 @@ def reads_weight_by_rows(node: Node, context: Context) -> bool:
 def runs_as_aten(node: Node, context: Context) -> bool:
     """Whether a fused op of this graph is replaced by ATen."""
     arguments = next(
-        (a for op in (Shrink, Expand, RopeAppend, Attention) if (a := read(node, op)) is not None),
+        (a for op in (Shrink, Expand, *_ATEN) if (a := read(node, op)) is not None),
         None,
     )
     if arguments is None or context.kernels == "ops":
@@ -91,9 +98,11 @@ def runs_as_aten(node: Node, context: Context) -> bool:
     return rows is not None and phase_of(rows) is Phase.PREFILL
 
 
-def _rows(arguments: Shrink | Expand | RopeAppend | Attention) -> int | None:
+def _rows(
+    arguments: Shrink | Expand | RopeAppend | Attention | DecodeAttention,
+) -> int | None:
     """Rows that share what the op reads: all tokens for a weight, one sequence's for a KV cache."""
-    if isinstance(arguments, Attention):
+    if isinstance(arguments, (Attention, DecodeAttention)):
         rows = shape(arguments.q)[2]
         return rows if isinstance(rows, int) else None
     if isinstance(arguments, RopeAppend):
@@ -102,10 +111,11 @@ def _rows(arguments: Shrink | Expand | RopeAppend | Attention) -> int | None:
     return tokens(arguments[0])
 
 
-# Which arguments the function writes, for everyone who asks what a node writes.
-rope_append_aten.writes = (5, 6)
-
-_ATEN: dict[type, Callable] = {RopeAppend: rope_append_aten, Attention: attention_aten}
+_ATEN: dict[type, Callable] = {
+    RopeAppend: rope_append_aten,
+    Attention: attention_aten,
+    DecodeAttention: decode_attention_aten,
+}
 
 
 def _swap_target(graph: Graph, node: Node) -> None:

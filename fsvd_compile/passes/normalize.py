@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from fsvd_compile.passes.counters import COUNTERS
 from fsvd_compile.passes.graph import (
     emit,
     is_input,
@@ -399,6 +400,7 @@ NORMALIZE: tuple[Rewrite, ...] = (
         _in_place_guard,
         repeat=True,
     ),
+    *COUNTERS,
     Rewrite(
         "addmm",
         "addmm(b, x, w) -> linear(x, wᵀ, b)",

@@ -58,11 +58,27 @@ class Attention(NamedTuple):
     scale: float
 
 
+class DecodeAttention(NamedTuple):
+    """Arguments of `fsvd::decode_attention`: those of the two above, one token a sequence."""
+
+    q: Node
+    k: Node
+    v: Node
+    cos: Node
+    sin: Node
+    k_cache: Node
+    v_cache: Node
+    position: Node
+    mask: Node | None
+    scale: float
+
+
 _TARGETS = {
     Shrink: torch.ops.fsvd.shrink.default,
     Expand: torch.ops.fsvd.expand.default,
     RopeAppend: torch.ops.fsvd.rope_append.default,
     Attention: torch.ops.fsvd.attention.default,
+    DecodeAttention: torch.ops.fsvd.decode_attention.default,
 }
 
 

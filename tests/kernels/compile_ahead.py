@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from fsvd_compile.kernels import (
     _triton,
     attention_triton,
+    decode_attention_triton,
     expand_triton,
     rope_append_triton,
     shrink_triton,
@@ -126,6 +127,22 @@ def attention(tokens, dim, dtype=BF16, mask=None, splits=None, group=4, dv=None)
     return run
 
 
+def decode_attention(heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=None, dv=None):
+    def run(pdl):
+        q = torch.empty(1, heads, 1, dim, dtype=dtype)
+        k = torch.empty(1, kv_heads, 1, dim, dtype=dtype)
+        v = torch.empty(1, kv_heads, 1, dv or dim, dtype=dtype)
+        caches = [torch.empty(1, kv_heads, 4096, t.shape[3], dtype=dtype) for t in (k, v)]
+        table = torch.empty(1, 1, dim)
+        m = None if mask is None else torch.empty(1, 1, 1, 4096, dtype=mask)
+        at = torch.empty(1, dtype=torch.int64)
+        decode_attention_triton(
+            q, k, v, table, table, *caches, at, m, 0.1, pdl=pdl, read_ahead=pdl, splits=splits
+        )
+
+    return run
+
+
 def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
     """(name, launcher) of what is compiled; LLaMA-7B and Llama-3-8B shapes, and odd ones."""
     for t in (1, 2):
@@ -146,6 +163,12 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
             yield f"shrink-{name}-m{t}", shrink(t, (512, 128, 128), 2048, dtype, True, "rms")
             yield f"gate-{name}-m{t}", expand(t, (2816,) * 2, (512,) * 2, dtype, act="silu_mul")
         yield f"rope-{name}", rope(1, dtype=dtype)
+        for heads in (8, 32):
+            for kind in (None, torch.bool, dtype):
+                yield (
+                    f"decode-attention-{name}-{heads}-{kind}",
+                    decode_attention(heads, 8, 128, dtype, kind),
+                )
         yield f"attention-{name}-none", attention(1, 128, dtype)
         yield f"attention-{name}-bool", attention(1, 128, dtype, torch.bool)
         yield f"attention-{name}-float", attention(1, 128, dtype, dtype)
@@ -174,6 +197,10 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
         yield f"rope-d{dim}-m{tokens}", rope(tokens, dim, table=BF16)
     for dim in (64, 80, 96, 256, 100):
         yield f"attention-d{dim}", attention(1, dim, mask=torch.bool)
+        yield f"decode-attention-d{dim}", decode_attention(8, 8, dim)
+        yield f"decode-attention-gqa-d{dim}", decode_attention(32, 8, dim)
+    yield "decode-attention-one-split", decode_attention(8, 8, 128, splits=1)
+    yield "decode-attention-dv", decode_attention(16, 8, 192, dv=128)
     yield "attention-one-split", attention(1, 128, mask=torch.bool, splits=1)
     yield "attention-one-split-none", attention(1, 128, splits=1)
     yield "attention-m5", attention(5, 128, mask=BF16)

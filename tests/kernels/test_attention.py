@@ -222,7 +222,9 @@ class TestGpu:
         if tokens == 200 and mask == "finfo":
             pytest.skip("prefill narrows an fp32 mask to bf16")
         actual, expected = OP(*args), attention_reference(*args)
-        if tokens == 200:  # prefill is torch's attention, which makes up values where nothing is seen
+        if (
+            tokens == 200
+        ):  # prefill is torch's attention, which makes up values where nothing is seen
             assert actual.isfinite().all()
             seen = (expected != 0).any(-1)
             actual, expected = actual[seen], expected[seen]

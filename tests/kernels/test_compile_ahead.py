@@ -44,6 +44,7 @@ def test_hopper(hopper):
         "_rope_append",
         "_attention",
         "_combine",
+        "_decode_attention",
     }
     for kernel in hopper:
         assert kernel["shared"] <= 227 * 1024, kernel
@@ -54,14 +55,16 @@ def test_hopper(hopper):
 def test_dependent_launch_is_in_order(hopper):
     """Dependents are launched first, and the wait comes before all else but static reads.
 
-    Those are the weights, biases and norm parameters of the linear kernels. The letters are
-    explained in compile_ahead.order; the machine code is held to the same order as the PTX.
+    Static are the weights, biases and norm parameters of the linear kernels, and the rows of a cache
+    that are older than the step. The letters are explained in compile_ahead.order; the machine code is
+    held to the same order as the PTX.
     """
+    ahead = ("_gemv", "_skinny", "_decode_attention")
     for kernel in hopper:
-        static = "R" if kernel["kernel"] in ("_gemv", "_skinny") else ""
-        assert re.fullmatch(f"L{static}W(RS)+", kernel["order_ptx"]), kernel
+        wanted = f"L{'R' if kernel['kernel'] in ahead else ''}W(RS)+"
+        assert re.fullmatch(wanted, kernel["order_ptx"]), kernel
         if kernel["order_sass"]:
-            assert re.fullmatch(f"L{static}W(RS)+", kernel["order_sass"]), kernel
+            assert re.fullmatch(wanted, kernel["order_sass"]), kernel
     assert sum(bool(kernel["order_sass"]) for kernel in hopper) > 20
 
 

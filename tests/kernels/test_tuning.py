@@ -52,7 +52,7 @@ def test_measured_rows_are_found(h200):
 
 def test_gated_takes_half_of_the_packed_row(h200):
     found = tile("expand", 1488, 11008, gated=True)
-    assert (found.block_r, found.num_warps) == (4, 8)
+    assert (found.block_r, found.num_warps) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,17 @@ def test_attention_splits():
     assert splits(1, 1, 100) == 1
     assert splits(1, 1, 4096) > 1
     assert splits(64, 8, 4096) == 1
+
+
+@pytest.mark.parametrize("group", (1, 4))
+@pytest.mark.parametrize("batch, kv_heads", ((1, 1), (1, 8), (1, 32), (8, 32), (64, 8)))
+def test_decode_attention_programs_fit_side_by_side(batch, kv_heads, group, h200):
+    found = _tuning.decode_attention_tile(
+        batch=batch, kv_heads=kv_heads, group=group, length=8320, dim=128, itemsize=2, device=CPU
+    )
+    assert 1 <= found.splits <= 64
+    assert found.splits == 1 or found.splits * batch * kv_heads <= 3 * 132
+    short = _tuning.decode_attention_tile(
+        batch=batch, kv_heads=kv_heads, group=group, length=10, dim=128, itemsize=2, device=CPU
+    )
+    assert short.splits == 1

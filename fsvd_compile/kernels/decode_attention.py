@@ -1,0 +1,496 @@
+"""`fsvd::decode_attention`: one token a sequence: RoPE, append to the cache and attention over it, in one kernel.
+
+It computes `fsvd::rope_append` and then `fsvd::attention`. Apart, the cache can be requested only after
+the append has finished, and three short kernels stand one behind the other; here every program requests
+its first block of K and V while the projection before it still runs, and takes the new token's row from
+the projection instead of from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fsvd_compile.errors import FactorError
+from fsvd_compile.kernels import _triton, _tuning, attention, rope_append
+from fsvd_compile.kernels._triton import (
+    cdiv,
+    jit,
+    next_power_of_2,
+    tl,
+)
+
+_LIB = torch.library.Library("fsvd", "FRAGMENT")
+_LIB.define(
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor position, Tensor? mask, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def decode_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ground truth in fp32 (fp64 for fp64), not in place: (attention, k_cache, v_cache).
+
+    Args:
+        q: `[B, Hq, 1, D]`, any strides, before RoPE.
+        k: `[B, Hkv, 1, D]`, any strides, before RoPE.
+        v: `[B, Hkv, 1, Dv]`, any strides.
+        cos: `[B or 1, 1, D]`, in fp32 or the model's dtype.
+        sin: As cos; rotate-half convention, see `fsvd::rope_append`.
+        k_cache: `[B, Hkv, S, D]`.
+        v_cache: `[B, Hkv, S, Dv]`.
+        position: int64 `[1]`, the row of the caches that k and v go to.
+        mask: As for `fsvd::attention`, with one query token.
+        scale: Multiplies q @ k^T.
+
+    Returns:
+        `[B, Hq, 1, Dv]`, and the caches after the append.
+
+    Raises:
+        FactorError: shapes or dtypes disagree, or there is more than one token.
+    """
+    _check(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+    q, keys, values = rope_append.rope_append_reference(
+        q, k, v, cos, sin, k_cache, v_cache, position
+    )
+    return attention.attention_reference(q, keys, values, mask, scale), keys, values
+
+
+def decode_attention_aten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`rope_append_aten`, then `attention_aten`: writes the caches in place, returns `[B, Hq, 1, Dv]`."""
+    _check(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+    q = rope_append.rope_append_aten(q, k, v, cos, sin, k_cache, v_cache, position)
+    return attention.attention_aten(q, k_cache, v_cache, mask, scale)
+
+
+# Which arguments the function writes, for everyone who asks what a node writes.
+decode_attention_aten.writes = (5, 6)
+
+
+@jit
+def _rotated(x, stride_d, cos, sin, d, ok, HALF: tl.constexpr):
+    """fp32 values of rows at `x` (shaped to broadcast with `d`), rotated: x * cos + (-x_2, x_1) * sin."""
+    across = tl.where(d < HALF, d + HALF, d - HALF)
+    here = tl.load(x + d * stride_d, mask=ok, other=0.0).to(tl.float32)
+    there = tl.load(x + across * stride_d, mask=ok, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+    return here * c + tl.where(d < HALF, -there, there) * s
+
+
+@jit
+def _rows(base, start, stride, tile, n, S, column_ok, wanted, skip):
+    """The block of a cache whose first row is `start`; `tile` are offsets in it.
+
+    Zeros unless `wanted`, and in the row `skip`: that is being written and may have been anything.
+    """
+    ok = (((start + n) < S) & (start + n != skip) & wanted)[:, None] & column_ok
+    return tl.load(base + tl.cast(start, tl.int64) * stride + tile, mask=ok, other=0.0)
+
+
+@jit
+def _bias(mask_at, start, n, seen, S, reach, position, stride_n, MASK_KIND: tl.constexpr):
+    """fp32 to add to the scores of the block at `start`, [N] or [G, N] as `mask_at`; -inf where hidden.
+
+    Hidden are also the row that is being written, and all of a block that starts past `reach`.
+    """
+    row = start + n
+    seen = seen & (row < S) & (row != position) & (start <= reach)
+    at = mask_at + tl.cast(start, tl.int64) * stride_n
+    if MASK_KIND == "float":
+        return tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)
+    else:
+        if MASK_KIND == "bool":
+            seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+        return tl.where(seen, 0.0, float("-inf"))
+
+
+@jit
+def _any(bias):
+    """Whether a block has a position that is seen."""
+    return tl.max(tl.ravel((bias > float("-inf")).to(tl.int32)), axis=0) > 0
+
+
+@jit
+def _decode_attention(
+    Q,
+    K_NEW,
+    V_NEW,
+    COS,
+    SIN,
+    K,
+    V,
+    POSITION,
+    MASK,
+    OUT,
+    PART,
+    STATS,
+    scale,
+    GROUP,
+    S,
+    SPLITS,
+    stride_qb,
+    stride_qh,
+    stride_qd,
+    stride_nb,
+    stride_nh,
+    stride_nd,
+    stride_wb,
+    stride_wh,
+    stride_wd,
+    stride_cb,
+    stride_sb,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+    MOST_TURNS: tl.constexpr,
+    READ_AHEAD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(0)
+    kv_head = tl.cast(tl.program_id(1), tl.int64)
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    kv_heads = tl.num_programs(1)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = tl.arange(0, BLOCK_DV)[None, :]
+    g = tl.arange(0, BLOCK_G)
+    head_ok = g < GROUP
+    head = kv_head * GROUP + g
+
+    k_base = K + batch * stride_kb + kv_head * stride_kh
+    v_base = V + batch * stride_vb + kv_head * stride_vh
+    k_tile = n[:, None] * stride_kn + d
+    v_tile = n[:, None] * stride_vn + e
+
+    # How far the cache is filled, and blocks up to there; before the wait it is a guess. A wrong one
+    # costs time: blocks beyond it are read late, if the mask shows them.
+    step = SPLITS * BLOCK_N
+    first = split * BLOCK_N
+    reach = S - 1
+    if MASK_KIND != "none":
+        reach = tl.minimum(tl.load(POSITION, volatile=True).to(tl.int32), S - 1)
+    if READ_AHEAD:
+        k1 = _rows(k_base, first, stride_kn, k_tile, n, S, d < D, first <= reach, S)
+        v1 = _rows(v_base, first, stride_vn, v_tile, n, S, e < DV, first <= reach, S)
+        k2 = _rows(k_base, first + step, stride_kn, k_tile, n, S, d < D, first + step <= reach, S)
+        v2 = _rows(v_base, first + step, stride_vn, v_tile, n, S, e < DV, first + step <= reach, S)
+
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+
+    # Everything that the kernel before may have written is requested at once.
+    if not READ_AHEAD:
+        k1 = _rows(k_base, first, stride_kn, k_tile, n, S, d < D, first <= reach, S)
+        v1 = _rows(v_base, first, stride_vn, v_tile, n, S, e < DV, first <= reach, S)
+        k2 = _rows(k_base, first + step, stride_kn, k_tile, n, S, d < D, first + step <= reach, S)
+        v2 = _rows(v_base, first + step, stride_vn, v_tile, n, S, e < DV, first + step <= reach, S)
+    position = tl.load(POSITION, volatile=True).to(tl.int32)
+    # A position outside the cache is an error in eager; a kernel cannot raise, so it writes nothing.
+    mine = (position >= 0) & (position < S) & ((position // BLOCK_N) % SPLITS == split)
+    mask_at = MASK + batch * stride_mb
+    if BY_HEAD:
+        new_mask = mask_at + head * stride_mh
+        mask_at = new_mask[:, None] + n[None, :] * stride_mn
+        at_n = n[None, :]
+        seen = head_ok[:, None]
+    else:
+        new_mask = mask_at + (kv_head * GROUP + g * 0) * stride_mh
+        mask_at += kv_head * GROUP * stride_mh + n * stride_mn
+        at_n = n
+        seen = n >= 0
+    bias1 = _bias(mask_at, first, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
+    bias2 = _bias(mask_at, first + step, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
+    new_seen = head_ok & mine
+    new_bias = tl.zeros([BLOCK_G], tl.float32)
+    new_mask += tl.cast(position, tl.int64) * stride_mn
+    if MASK_KIND == "float":
+        new_bias = tl.load(new_mask, mask=new_seen, other=float("-inf")).to(tl.float32)
+    elif MASK_KIND == "bool":
+        new_seen = new_seen & (tl.load(new_mask, mask=new_seen, other=0) != 0)
+    cos = COS + batch * stride_cb
+    sin = SIN + batch * stride_sb
+    q_at = Q + batch * stride_qb + head[:, None] * stride_qh
+    q = _rotated(q_at, stride_qd, cos, sin, d, head_ok[:, None] & (d < D), D // 2)
+    new_at = K_NEW + batch * stride_nb + kv_head * stride_nh
+    k_new = _rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
+    v_at = V_NEW + batch * stride_wb + kv_head * stride_wh + e * stride_wd
+    v_new = tl.load(v_at, mask=e < DV, other=0.0).to(V.dtype.element_ty)
+    if mine:
+        row = tl.cast(position, tl.int64)
+        tl.store(k_base + row * stride_kn + d, k_new, mask=d < D)
+        tl.store(v_base + row * stride_vn + e, v_new, mask=e < DV)
+        # Nothing times what lay there before would be NaN if that was.
+        k1 = tl.where((first + n == position)[:, None], 0.0, k1)
+        v1 = tl.where((first + n == position)[:, None], 0.0, v1)
+        k2 = tl.where((first + step + n == position)[:, None], 0.0, k2)
+        v2 = tl.where((first + step + n == position)[:, None], 0.0, v2)
+
+    scale = tl.cast(scale, tl.float32)
+    # The new token is the first that is attended to, from registers.
+    score = tl.sum(q * k_new.to(tl.float32), axis=1) * scale + new_bias
+    top = tl.where(new_seen, score, float("-inf"))
+    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    acc = total[:, None] * v_new.to(tl.float32)
+    if BLOCK_G > 1 and not INTERPRET:
+        q = q.to(K.dtype.element_ty)  # for the tensor cores
+    blocks = tl.where(first <= reach, (reach - first) // step + 1, 0)
+    # Two blocks in turn, each in registers of its own, and the masks of the next two on their way.
+    for turn in range(0, MOST_TURNS if INTERPRET else blocks, 2):
+        start = first + turn * step
+        third = start + 2 * step
+        fourth = start + 3 * step
+        bias3 = _bias(mask_at, third, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
+        bias4 = _bias(mask_at, fourth, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
+        top, total, acc = _absorb(q, k1, v1, bias1, scale, top, total, acc, INTERPRET)
+        ahead = _any(bias3)
+        k1 = _rows(k_base, third, stride_kn, k_tile, n, S, d < D, ahead, position)
+        v1 = _rows(v_base, third, stride_vn, v_tile, n, S, e < DV, ahead, position)
+        bias1 = bias3
+        if start + step <= reach:
+            top, total, acc = _absorb(q, k2, v2, bias2, scale, top, total, acc, INTERPRET)
+        ahead = _any(bias4)
+        k2 = _rows(k_base, fourth, stride_kn, k_tile, n, S, d < D, ahead, position)
+        v2 = _rows(v_base, fourth, stride_vn, v_tile, n, S, e < DV, ahead, position)
+        bias2 = bias4
+    if MASK_KIND != "none":
+        # What the mask shows beyond the position: nothing in a causal model.
+        turns = tl.cdiv(tl.cdiv(S, BLOCK_N) - split, SPLITS)
+        for turn in range(0 if INTERPRET else blocks, MOST_TURNS if INTERPRET else turns):
+            start = first + turn * step
+            bias = _bias(mask_at, start, at_n, seen, S, S, position, stride_mn, MASK_KIND)
+            if _any(bias) & (start > reach):
+                k3 = _rows(k_base, start, stride_kn, k_tile, n, S, d < D, start < S, position)
+                v3 = _rows(v_base, start, stride_vn, v_tile, n, S, e < DV, start < S, position)
+                top, total, acc = _absorb(q, k3, v3, bias, scale, top, total, acc, INTERPRET)
+
+    heads = kv_heads * GROUP
+    if ONE_SPLIT:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        out = OUT + ((batch * heads + head) * DV)[:, None] + e
+        tl.store(out, acc.to(OUT.dtype.element_ty), mask=head_ok[:, None] & (e < DV))
+    else:
+        at = (batch * heads + head) * SPLITS + split
+        tl.store(STATS + at * 2, top, mask=head_ok)
+        tl.store(STATS + at * 2 + 1, total, mask=head_ok)
+        some_ok = head_ok & (total > 0)
+        tl.store(PART + (at * DV)[:, None] + e, acc, mask=some_ok[:, None] & (e < DV))
+
+
+@jit
+def _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET: tl.constexpr):
+    """One block of the online softmax; q [G, D], k [N, D], v [N, Dv], bias [N] or [G, N].
+
+    One query head needs no tensor cores, whose operands would take a turn through shared memory.
+    """
+    if q.shape[0] == 1:
+        score = tl.sum(q * k.to(tl.float32), axis=1) * scale + bias
+        new_top = tl.maximum(top, tl.max(score, axis=0))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp(score - tl.max(pivot, axis=0))
+        shrink = tl.exp(top - pivot)
+        total = total * shrink + tl.sum(weight, axis=0)
+        here = tl.sum(weight[:, None] * v.to(tl.float32), axis=0)
+        acc = acc * shrink[:, None] + here[None, :]
+    else:
+        if INTERPRET:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        if len(bias.shape) == 1:
+            bias = bias[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp(scores - pivot[:, None])
+        shrink = tl.exp(top - pivot)
+        total = total * shrink + tl.sum(weight, axis=1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+def decode_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    pdl: bool = False,
+    read_ahead: bool = False,
+    splits: int | None = None,
+) -> Tensor:
+    """`decode_attention_aten` by a split-KV kernel, and a second one that combines the splits.
+
+    Programs over KV split, KV head and sequence. A program requests K and V two blocks ahead, as far
+    as `position` says the cache is filled; what the mask shows beyond that is read late, what it hides
+    from a block on is not read (hidden rows of a block that is must be finite, as in eager). Scores and
+    softmax are fp32, q is not rounded after RoPE for one query head a KV head.
+
+    Args:
+        pdl: Programmatic dependent launch (sm_90 and later).
+        read_ahead: Request the first two blocks before the kernels in front are complete. They may be
+            many: each is launched when the one before it has started. So between whatever wrote the
+            caches last and this launch there must be a kernel without dependent launch, or the
+            boundary of a CUDA graph.
+        splits: How many programs share one KV head; None asks `_tuning`.
+
+    Raises:
+        DeviceError: Triton is missing, or q is on a CPU without Triton's interpreter.
+        FactorError: as in `decode_attention_reference`; or the head dim of a cache or table is not
+            contiguous.
+    """
+    _check(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+    _triton.require_triton(q)
+    rope_append.check_contiguous_heads("decode_attention", k_cache, v_cache)
+    cos, sin = (t if t.stride(2) == 1 else t.contiguous() for t in (cos, sin))
+    b, heads, _, d = q.shape
+    kv_heads, s, dv = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
+    group = heads // kv_heads
+    out = torch.empty((b, 1, heads, dv), dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or s == 0:
+        return out.zero_().transpose(1, 2)
+    tile = _tuning.decode_attention_tile(
+        batch=b,
+        kv_heads=kv_heads,
+        group=group,
+        length=s,
+        dim=max(d, dv),
+        itemsize=q.element_size(),
+        device=q.device,
+    )
+    splits = splits or tile.splits
+    part, stats = attention.partial_results(out, b * heads, splits)
+    kind, mask = attention.mask_argument(mask, (b, heads, 1, s))
+    interpreted = _triton.interpreted()
+    _triton.launch(
+        _decode_attention,
+        (splits, kv_heads, b),
+        q.device,
+        pdl,
+        Q=q,
+        K_NEW=k,
+        V_NEW=v,
+        COS=cos,
+        SIN=sin,
+        K=k_cache,
+        V=v_cache,
+        POSITION=position,
+        MASK=q if mask is None else mask,
+        OUT=out,
+        PART=part,
+        STATS=stats,
+        scale=float(scale),
+        GROUP=group,
+        S=s,
+        SPLITS=splits,
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qd=q.stride(3),
+        stride_nb=k.stride(0),
+        stride_nh=k.stride(1),
+        stride_nd=k.stride(3),
+        stride_wb=v.stride(0),
+        stride_wh=v.stride(1),
+        stride_wd=v.stride(3),
+        stride_cb=cos.stride(0) if cos.shape[0] > 1 else 0,
+        stride_sb=sin.stride(0) if sin.shape[0] > 1 else 0,
+        **_triton.strides("k", k_cache, "bhn"),
+        **_triton.strides("v", v_cache, "bhn"),
+        stride_mb=0 if mask is None else mask.stride(0),
+        stride_mh=0 if mask is None else mask.stride(1),
+        stride_mn=0 if mask is None else mask.stride(3),
+        D=d,
+        DV=dv,
+        BLOCK_G=1 if group == 1 else max(16, next_power_of_2(group)),
+        BLOCK_N=tile.block_n,
+        BLOCK_D=max(16, next_power_of_2(d)),
+        BLOCK_DV=max(16, next_power_of_2(dv)),
+        MASK_KIND=kind,
+        BY_HEAD=mask is not None and group > 1 and mask.stride(1) != 0,
+        ONE_SPLIT=splits == 1,
+        MOST_TURNS=cdiv(cdiv(s, tile.block_n), splits) if interpreted else 0,
+        READ_AHEAD=pdl and read_ahead,
+        INTERPRET=interpreted,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if splits > 1:
+        attention.combine(part, stats, out, kv_heads, group, 1, pdl)
+    return out.transpose(1, 2)
+
+
+def _check(q, k, v, cos, sin, k_cache, v_cache, position, mask) -> None:
+    rope_append.check("decode_attention", q, k, v, cos, sin, k_cache, v_cache, position)
+    if q.shape[2] != 1:
+        raise FactorError(
+            f"decode_attention: q has shape {tuple(q.shape)}; it takes one token a sequence. "
+            "Use rope_append and attention for more."
+        )
+    attention.check("decode_attention", q, k_cache, v_cache, mask)
+
+
+def _fake(q, k, v, cos, sin, k_cache, v_cache, position, mask, scale):
+    _check(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+    b, heads, m, _ = q.shape
+    return q.new_empty((b, m, heads, v.shape[3])).transpose(1, 2)
+
+
+def _cuda(q, k, v, cos, sin, k_cache, v_cache, position, mask, scale):
+    args = (q, k, v, cos, sin, k_cache, v_cache, position, mask, scale)
+    if q.dtype not in _triton.TRITON_DTYPES:
+        return decode_attention_aten(*args)
+    # In a capture of our own the op stands once per cache (the pass sees to it), and a graph's end is
+    # a boundary; anywhere else two steps may follow one another with nothing in between.
+    return decode_attention_triton(
+        *args, pdl=_triton.supports_pdl(q.device), read_ahead=_triton.in_own_capture()
+    )
+
+
+torch.library.register_fake("fsvd::decode_attention", _fake, lib=_LIB)
+_LIB.impl("decode_attention", decode_attention_aten, "CPU")
+_LIB.impl("decode_attention", _cuda, "CUDA")

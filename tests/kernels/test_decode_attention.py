@@ -1,0 +1,224 @@
+"""fsvd::decode_attention against its reference: ATen, the Triton kernels, the op; the caches it writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import assert_close
+from opcases import LIMITS
+from test_attention import MASKS, mask_of
+
+from fsvd_compile.errors import FactorError
+from fsvd_compile.kernels import (
+    decode_attention_aten,
+    decode_attention_reference,
+    decode_attention_triton,
+)
+
+OP = torch.ops.fsvd.decode_attention.default
+# (batch, query heads, KV heads, cache length, head dim, value head dim)
+SHAPES = (
+    (2, 6, 2, 100, 64, 64),
+    (1, 3, 3, 200, 16, 16),
+    (2, 3, 1, 130, 34, 33),
+    (3, 2, 2, 70, 20, 14),
+)
+ARGUMENTS = pytest.mark.parametrize(
+    "shape", SHAPES, ids=["B{}-Hq{}-Hkv{}-S{}-D{}-Dv{}".format(*s) for s in SHAPES]
+)
+ONE_TOKEN = tuple(m for m in MASKS if m != "rows")
+
+
+def case(shape, mask="decode", *, position=57, dtype=torch.float32, device="cpu", table=1):
+    """Arguments of one call: q, k and v as slices of a packed projection, caches of the usual order."""
+    b, hq, hkv, s, d, dv = shape
+    make = {"dtype": dtype, "device": device}
+    packed = torch.randn(b, 1, hq * d + hkv * (d + dv), **make)
+    q, k, v = packed.split((hq * d, hkv * d, hkv * dv), -1)
+    q, k = (t.view(b, 1, -1, d).transpose(1, 2) for t in (q, k))
+    v = v.view(b, 1, -1, dv).transpose(1, 2)
+    cos, sin = (torch.randn(table, 1, d, device=device) for _ in range(2))
+    caches = torch.randn(b, hkv, s, d, **make), torch.randn(b, hkv, s, dv, **make)
+    at = torch.tensor([position], device=device)
+    return q, k, v, cos, sin, *caches, at, mask_of(mask, b, hq, 1, s, dtype, device), 1.3 * d**-0.5
+
+
+def check(run, args, limit):
+    """Output and both caches; what is not the new row stays bitwise."""
+    position = args[7].item()
+    for cache in args[5:7]:  # whatever lies in the row that is written
+        cache[:, :, position] = float("nan")
+    before = args[5].clone(), args[6].clone()
+    expected, keys, values = decode_attention_reference(*args)
+    assert_close("o", run(*args), expected, limit)
+    for name, cache, wanted, old in (
+        ("keys", args[5], keys, before[0]),
+        ("values", args[6], values, before[1]),
+    ):
+        assert_close(name, cache, wanted, limit)
+        others = torch.arange(cache.shape[2], device=cache.device) != position
+        assert torch.equal(cache[:, :, others], old[:, :, others]), name
+
+
+@ARGUMENTS
+@pytest.mark.parametrize("mask", ONE_TOKEN)
+def test_aten(dtype, mask, shape):
+    check(decode_attention_aten, case(shape, mask, dtype=dtype), LIMITS[dtype])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mask", ONE_TOKEN)
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("heads", (2, 6))
+def test_triton_masks(heads, splits, mask, poisoned):
+    args = case((2, heads, 2, 200, 16, 16), mask)
+    check(lambda *a: decode_attention_triton(*a, splits=splits), args, 2e-6)
+
+
+@ARGUMENTS
+@pytest.mark.interpret
+def test_triton(interpreted_dtype, shape, poisoned):
+    args = case(shape, dtype=interpreted_dtype)
+    check(decode_attention_triton, args, LIMITS[interpreted_dtype])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("position", (0, 63, 64, 65, 129))
+@pytest.mark.parametrize("mask", ("none", "causal", "beyond"))
+@pytest.mark.parametrize("splits", (1, 2, 3))
+def test_positions(splits, mask, position, poisoned):
+    """First and last rows of blocks; a mask may show what the position does not promise."""
+    args = list(case((1, 4, 2, 130, 16, 16), "none", position=position))
+    if mask != "none":
+        n = torch.arange(130)
+        args[8] = ((n <= position) if mask == "causal" else (n >= position - 1))[None, None, None]
+    check(lambda *a: decode_attention_triton(*a, splits=splits), args, 2e-6)
+
+
+@pytest.mark.interpret
+def test_what_the_position_does_not_reach_is_not_read(poisoned):
+    args = list(case((1, 2, 2, 512, 16, 16), "none", position=60))
+    args[8] = (torch.arange(512) <= 60)[None, None, None]
+    args[5][:, :, 64:] = args[6][:, :, 64:] = float("nan")
+    short = list(args)
+    short[5], short[6], short[8] = args[5][:, :, :64], args[6][:, :, :64], args[8][..., :64]
+    expected, *_ = decode_attention_reference(*short)
+    assert_close("o", decode_attention_triton(*args, splits=2), expected, 2e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("position", (-1, 100, 1000))
+def test_a_position_outside_the_cache_writes_nothing(position, poisoned):
+    args = case((1, 4, 2, 100, 16, 16), "none", position=position)
+    before = args[5].clone(), args[6].clone()
+    decode_attention_triton(*args)
+    assert torch.equal(args[5], before[0])
+    assert torch.equal(args[6], before[1])
+
+
+@pytest.mark.interpret
+def test_tables_by_sequence_and_other_strides(poisoned):
+    args = list(case((2, 6, 2, 100, 16, 16), table=2))
+    args[0] = args[0].transpose(1, 3).contiguous().transpose(1, 3)
+    args[3] = args[3].transpose(1, 2).contiguous().transpose(1, 2)
+    room = torch.randn(2, 100, 2, 16)
+    args[5] = room.transpose(1, 2)
+    check(decode_attention_triton, args, 2e-6)
+
+
+def test_aten_equals_the_two_ops():
+    args = case(SHAPES[0])
+    caches = [c.clone() for c in args[5:7]]
+    q = torch.ops.fsvd.rope_append(*args[:5], *caches, args[7])
+    expected = torch.ops.fsvd.attention(q, *caches, args[8], args[9])
+    assert torch.equal(OP(*args), expected)
+    assert torch.equal(args[5], caches[0])
+
+
+@pytest.mark.parametrize("mask", ("none", "decode"))
+def test_opcheck(mask):
+    torch.library.opcheck(OP, case(SHAPES[0], mask))
+    args = list(case(SHAPES[2], mask))
+    args[5] = args[5].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(OP, args)
+
+
+def test_errors():
+    args = case(SHAPES[0])
+
+    def call(**changed):
+        names = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "position", "mask", "scale")
+        OP(**dict(zip(names, args, strict=True), **changed))
+
+    with pytest.raises(FactorError, match="one token a sequence"):
+        OP(
+            *(t.expand(-1, -1, 2, -1) for t in args[:3]),
+            *(t.expand(-1, 2, -1) for t in args[3:5]),
+            *args[5:7],
+            torch.arange(2),
+            None,
+            1.0,
+        )
+    with pytest.raises(FactorError, match="decode_attention: k has shape"):
+        call(k=args[1][..., :32])
+    with pytest.raises(FactorError, match="decode_attention: position is"):
+        call(position=args[7].int())
+    with pytest.raises(FactorError, match="decode_attention: mask has shape"):
+        call(mask=torch.ones(2, 1, 1, 7, dtype=torch.bool))
+
+
+@pytest.mark.gpu
+class TestGpu:
+    @pytest.mark.parametrize("mask", ("none", "decode", "heads", "additive", "finfo"))
+    @pytest.mark.parametrize("heads", ((32, 32), (32, 8), (9, 3), (32, 1)))
+    @pytest.mark.parametrize("dims", ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128)))
+    def test_op(self, dims, heads, mask):
+        args = case((2, *heads, 1500, *dims), mask, dtype=torch.bfloat16, device="cuda")
+        check(OP, args, 1e-2)
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_dtypes(self, shape, dtype):
+        check(OP, case(shape, dtype=dtype, device="cuda"), LIMITS[dtype])
+
+    @pytest.mark.parametrize("position", (0, 63, 64, 511, 4095))
+    @pytest.mark.parametrize("mask", ("none", "causal", "beyond"))
+    def test_positions(self, mask, position):
+        shape = (1, 32, 8, 4096, 128, 128)
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case(shape, "none", position=position, **make))
+        if mask != "none":
+            n = torch.arange(4096, device="cuda")
+            args[8] = ((n <= position) if mask == "causal" else (n >= position))[None, None, None]
+        check(OP, args, 1e-2)
+
+    @pytest.mark.parametrize("heads", ((32, 32), (32, 8)))
+    @pytest.mark.parametrize("splits", (1, 4, None))
+    def test_pdl_is_bitwise(self, splits, heads):
+        results = []
+        for pdl in (True, False):
+            torch.manual_seed(1)
+            args = case((1, *heads, 4096, 128, 128), dtype=torch.bfloat16, device="cuda")
+            results.append(decode_attention_triton(*args, pdl=pdl, splits=splits))
+        assert torch.equal(*results)
+
+    def test_many_steps_in_a_graph(self):
+        """Dependent launches one behind the other, each appending a row that the next ones read."""
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case((1, 8, 2, 256, 128, 128), "none", position=0, **make))
+        args[8] = torch.zeros(1, 1, 1, 256, dtype=torch.bool, device="cuda")
+        rows = torch.arange(256, device="cuda")
+        positions = [rows[i : i + 1] for i in range(64)]
+        masks = [(rows <= i)[None, None, None] for i in range(64)]
+        wide = [c.double() for c in args[5:7]]
+        OP(*args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [OP(*args[:7], p, m, args[9]) for p, m in zip(positions, masks, strict=True)]
+        args[0].normal_()
+        args[1].normal_()
+        graph.replay()
+        for i, out in enumerate(outs):
+            wide_args = [*(t.double() for t in args[:5]), *wide, positions[i], masks[i], args[9]]
+            expected, *wide = decode_attention_reference(*wide_args)
+            assert_close(f"step {i}", out, expected, 2e-2)
