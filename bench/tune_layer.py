@@ -1,0 +1,187 @@
+"""Tile sizes of the decode kernels, by coordinate descent over a whole LLaMA layer on this GPU.
+
+    python bench/tune_layer.py --json tiles.json
+
+A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
+it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
+residuals, gate and attention included. Prints the tiles that won, for `fsvd_compile/kernels/configs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+
+import torch
+
+from fsvd_compile import bench
+from fsvd_compile.kernels import _tuning, decode_attention_triton, expand_triton, shrink_triton
+from fsvd_compile.kernels._triton import next_power_of_2
+from fsvd_compile.kernels._tuning import AttentionTile, Tile
+
+HIDDEN, INNER, HEADS, HEAD = 4096, 11008, 32, 128  # LLaMA-7B
+ATTENTION, MLP = 1024, 1488  # its ranks at keep 0.5, multiples of 16
+CONTEXT, CACHE = 512, 1024
+# Every kernel of a layer: what `_tuning` is asked for it (op, K, rows, gated), the tile to begin with.
+LINEARS = {
+    "qkv shrink": (("shrink", HIDDEN, 3 * ATTENTION, False), (8, 16)),
+    "qkv expand": (("expand", ATTENTION, 3 * HIDDEN, False), (8, 8)),
+    "o shrink": (("shrink", HIDDEN, ATTENTION, False), (4, 8)),
+    "o expand": (("expand", ATTENTION, HIDDEN, False), (2, 4)),
+    "gate-up shrink": (("shrink", HIDDEN, 2 * MLP, False), (8, 16)),
+    "gate-up expand": (("expand", MLP, INNER, True), (2, 2)),
+    "down shrink": (("shrink", INNER, MLP, False), (2, 8)),
+    "down expand": (("expand", MLP, HIDDEN, False), (2, 1)),
+}
+ASKED = {asked: name for name, (asked, _) in LINEARS.items()}
+tiles: dict[str, tuple] = {name: tile for name, (_, tile) in LINEARS.items()} | {
+    "attention": (16, 12, 2)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument(
+        "--jobs", type=int, default=8, help="processes that compile candidates ahead"
+    )
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_layer: tiles are timed on a GPU and there is none.")
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        pool.map(compile_one, [(n, c) for n in tiles for c in candidates(n)], chunksize=1)
+    serve()
+    layers = [Layer() for _ in range(args.layers)]
+    best, tried = layer_us(layers), []
+    print(
+        f"at first {best:.2f} us a layer, linears alone {layer_us(layers, False):.2f}", flush=True
+    )
+    for _, name in itertools.product(range(args.passes), tiles):
+        before, times = tiles[name], {}
+        for candidate in candidates(name):
+            tiles[name] = candidate
+            times[candidate] = layer_us(layers)
+        winner = min(times, key=times.get)
+        tiles[name] = winner if times[winner] < 0.999 * best else before
+        best = min(best, times[winner])
+        tried.append(
+            {
+                "kernel": name,
+                "us": {str(c): round(t, 2) for c, t in sorted(times.items(), key=lambda i: i[1])},
+            }
+        )
+        print(f"{name:<15} {before} -> {tiles[name]}  {best:.2f} us", flush=True)
+    print(f"at last {layer_us(layers):.2f} us a layer, linears alone {layer_us(layers, False):.2f}")
+    print(tiles)
+    if args.json:
+        where = bench.conditions(
+            "cuda", layers=args.layers, context=CONTEXT, cache=CACHE, dtype=torch.bfloat16
+        )
+        with open(args.json, "w") as file:
+            json.dump(
+                {"conditions": where, "tiles": tiles, "us_per_layer": best, "tried": tried},
+                file,
+                indent=1,
+            )
+
+
+def candidates(name: str) -> list[tuple]:
+    """(rows, warps) of a linear with 32 to 256 bytes of weight a thread; (rows, splits, warps) of attention."""
+    if name == "attention":
+        return list(itertools.product((16, 32), (6, 8, 12, 16), (2, 4)))
+    _, k, _, gated = LINEARS[name][0]
+    row = 2 * next_power_of_2(k) * (2 if gated else 1)
+    pairs = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
+    return [(r, w) for r, w in pairs if 32 <= r * row / (32 * w) <= 256]
+
+
+def serve() -> None:
+    """Makes the launchers take `tiles`."""
+
+    def linear_tile(op, phase, *, k, rows, gated, **_):
+        block_r, num_warps = tiles[ASKED[op, k, rows, gated]]
+        return Tile(block_r, next_power_of_2(k), num_warps)
+
+    def attention_tile(**_):
+        block_n, splits, num_warps = tiles["attention"]
+        return AttentionTile(1, block_n, splits, num_warps, num_stages=1)
+
+    _tuning.linear_tile, _tuning.decode_attention_tile = linear_tile, attention_tile
+
+
+def compile_one(job: tuple[str, tuple]) -> None:
+    """Leaves a candidate in Triton's cache on disk."""
+    serve()
+    tiles[job[0]] = job[1]
+    Layer()(torch.randn(1, 1, HIDDEN, device="cuda", dtype=torch.bfloat16))
+    torch.cuda.synchronize()
+
+
+class Layer:
+    """One decode step of one layer with weights of its own."""
+
+    def __init__(self) -> None:
+        def made(*shape: int, count: int = 1) -> list[torch.Tensor]:
+            return [
+                0.02 * torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+                for _ in range(count)
+            ]
+
+        self.qkv = made(ATTENTION, HIDDEN, count=3), made(HIDDEN, ATTENTION, count=3)
+        self.o = made(ATTENTION, HIDDEN), made(HIDDEN, ATTENTION)
+        self.gate_up = made(MLP, HIDDEN, count=2), made(INNER, MLP, count=2)
+        self.down = made(MLP, INNER), made(HIDDEN, MLP)
+        self.norms = made(HIDDEN, count=2)
+        self.caches = made(1, HEADS, CACHE, HEAD, count=2)
+        self.table = torch.randn(1, 1, HEAD, device="cuda")
+        self.position = torch.tensor([CONTEXT], device="cuda")
+        self.mask = (torch.arange(CACHE, device="cuda") <= CONTEXT)[None, None, None]
+
+    def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
+        z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
+        y = expand_triton(z, self.qkv[1], [None] * 3, [0, ATTENTION, 2 * ATTENTION], pdl=True)
+        q, k, v = (t.view(1, 1, HEADS, HEAD).transpose(1, 2) for t in y.split(HIDDEN, -1))
+        if attention:
+            y = decode_attention_triton(
+                q, k, v, self.table, self.table, *self.caches, self.position, self.mask, HEAD**-0.5,
+                pdl=True, read_ahead=True,
+            ).transpose(1, 2).reshape(1, 1, HIDDEN)  # fmt: skip
+        z = shrink_triton(y[..., :HIDDEN], self.o[0], [None], pdl=True)
+        x = expand_triton(z, self.o[1], [None], [0], x, pdl=True)
+        z = shrink_triton(
+            x, self.gate_up[0], [None] * 2, "rms", self.norms[1], None, 1e-5, pdl=True
+        )
+        y = expand_triton(z, self.gate_up[1], [None] * 2, [0, MLP], None, "silu_mul", pdl=True)
+        z = shrink_triton(y, self.down[0], [None], pdl=True)
+        return expand_triton(z, self.down[1], [None], [0], x, pdl=True)
+
+
+def layer_us(layers: list[Layer], attention: bool = True, replays: int = 12) -> float:
+    """Microseconds a layer: the median replay of all of them in one graph."""
+    x = torch.randn(1, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    layers[0](x, attention)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            x = layer(x, attention)
+    for _ in range(2):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return 1e3 * statistics.median(times) / len(layers)
+
+
+if __name__ == "__main__":
+    main()
