@@ -91,6 +91,8 @@ def _gemv(
         u_step = BLOCK_K * (1 if LAYOUT == "row" else tl.cast(STRIDE_K[1], tl.int64) * ALIGN)
         keep_up = row_ok[:, None] & (k < K_up)[None, :]
         u = tl.load(u_at, mask=keep_up, other=0.0, eviction_policy="evict_first")
+    bias = 0.0
+    bias_up = 0.0
     if HAS_BIAS:
         bias_ok = rows < pick_size(which, NB, COUNT)
         bias = tl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=bias_ok, other=0.0)
@@ -121,6 +123,8 @@ def _gemv(
         c = tl.load(v0 + k * stride_xk, mask=k < K_up, other=0.0).to(tl.float32)
         if TOKENS == 2:
             d = tl.load(v1 + k * stride_xk, mask=k < K_up, other=0.0).to(tl.float32)
+    res0 = 0.0
+    res1 = 0.0
     if HAS_RES:
         r_at = RES + tl.cast(m0, tl.int64) * stride_rm + columns * stride_rn
         res0 = tl.load(r_at, mask=row_ok, other=0.0).to(tl.float32)
@@ -132,9 +136,12 @@ def _gemv(
     mean1 = 0.0
     rstd0 = 1.0
     rstd1 = 1.0
+    square0 = a
     if NORM == "rms":
         square0 = a * a
-        if TOKENS == 2:
+    if TOKENS == 2:
+        square1 = b
+        if NORM == "rms":
             square1 = b * b
     if NORM == "layer" and NUM_K == 1:
         mean0, rstd0 = tile_statistics(a, k < K, K, eps, NORM)
@@ -146,8 +153,10 @@ def _gemv(
             mean1, rstd1 = norm_statistics(z1, stride_xk, K, eps, NORM, BLOCK_K, NUM_K)
     w32 = w.to(tl.float32)
     acc0 = w32 * norm_apply(a, mean0, rstd0, g, h, NORM)[None, :]
+    up0 = acc0
     if TOKENS == 2:
         acc1 = w32 * norm_apply(b, mean1, rstd1, g, h, NORM)[None, :]
+        up1 = acc1
     if GATED:
         u32 = u.to(tl.float32)
         up0 = u32 * c[None, :]
@@ -180,32 +189,46 @@ def _gemv(
                 up1 += u32 * d[None, :]
 
     y_at = Y + tl.cast(m0, tl.int64) * stride_ym + columns
-    y = tl.sum(acc0, axis=1)
+    y = _epilogue(
+        acc0, up0, square0, bias, bias_up, res0, K, eps, NORM, ACT, GATED, HAS_BIAS, HAS_RES
+    )
+    tl.store(y_at, y.to(Y.dtype.element_ty), mask=row_ok)
+    if TOKENS == 2:
+        y = _epilogue(
+            acc1, up1, square1, bias, bias_up, res1, K, eps, NORM, ACT, GATED, HAS_BIAS, HAS_RES
+        )
+        tl.store(y_at + stride_ym, y.to(Y.dtype.element_ty), mask=also)
+
+
+@jit
+def _epilogue(
+    acc,
+    up,
+    square,
+    bias,
+    bias_up,
+    res,
+    K,
+    eps,
+    NORM: tl.constexpr,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RES: tl.constexpr,
+):
+    """fp32 results of one token's rows: the sums, and all that follows them; what is not there is not read."""
+    y = tl.sum(acc, axis=1)
     if NORM == "rms":
-        y *= tl.rsqrt(tl.sum(square0, axis=0) / K + tl.cast(eps, tl.float32))
+        y *= tl.rsqrt(tl.sum(square, axis=0) / K + tl.cast(eps, tl.float32))
     if HAS_BIAS:
         y += bias
     y = activate(y, ACT)
     if GATED:
-        up = tl.sum(up0, axis=1)
+        gate = y
+        y = tl.sum(up, axis=1)
         if HAS_BIAS:
-            up += bias_up
-        y *= up
+            y += bias_up
+        y *= gate
     if HAS_RES:
-        y += res0
-    tl.store(y_at, y.to(Y.dtype.element_ty), mask=row_ok)
-    if TOKENS == 2:
-        y = tl.sum(acc1, axis=1)
-        if NORM == "rms":
-            y *= tl.rsqrt(tl.sum(square1, axis=0) / K + tl.cast(eps, tl.float32))
-        if HAS_BIAS:
-            y += bias
-        y = activate(y, ACT)
-        if GATED:
-            up = tl.sum(up1, axis=1)
-            if HAS_BIAS:
-                up += bias_up
-            y *= up
-        if HAS_RES:
-            y += res1
-        tl.store(y_at + stride_ym, y.to(Y.dtype.element_ty), mask=also)
+        y += res
+    return y
