@@ -226,7 +226,7 @@ def _attention(
     # [B, Hkv, G * M]: the rows of the partial results
     flat = (batch * kv_heads + kv_head) * (GROUP * M) + row
     if ONE_SPLIT:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         heads = kv_heads * GROUP
         out = OUT + (((batch * M + m) * heads + head) * DV)[:, None] + e[None, :]
         tl.store(out, acc.to(OUT.dtype.element_ty), mask=row_ok[:, None] & (e < DV)[None, :])
@@ -234,7 +234,7 @@ def _attention(
         at = flat * SPLITS + split
         tl.store(STATS + at * 2, top, mask=row_ok)
         tl.store(STATS + at * 2 + 1, total, mask=row_ok)
-        some = row_ok & (total > 0)
+        some = row_ok & (total != 0)  # NaN as well: it has to come out
         tl.store(
             PART + (at * DV)[:, None] + e[None, :], acc, mask=some[:, None] & (e < DV)[None, :]
         )
@@ -284,14 +284,14 @@ def _combine(
     top = tl.load(STATS + at * 2, mask=s < SPLITS, other=float("-inf"))
     total = tl.load(STATS + at * 2 + 1, mask=s < SPLITS, other=0.0)
     # A split that saw nothing stored no partial result.
-    some = total > 0
+    some = total != 0
     pivot = tl.max(top, axis=0)
     weight = tl.where(some, tl.exp(top - tl.where(pivot == float("-inf"), 0.0, pivot)), 0.0)
     part = tl.load(
         PART + (at * DV)[:, None] + e[None, :], mask=some[:, None] & (e < DV)[None, :], other=0.0
     )
     norm = tl.sum(total * weight, axis=0)
-    y = tl.sum(part * weight[:, None], axis=0) / tl.where(norm > 0, norm, 1.0)
+    y = tl.sum(part * weight[:, None], axis=0) / tl.where(norm == 0, 1.0, norm)
     head = kv_head * GROUP + row // M
     out = OUT + ((batch * M + row % M) * (KV_HEADS * GROUP) + head) * DV + e
     tl.store(out, y.to(OUT.dtype.element_ty), mask=e < DV)

@@ -270,7 +270,7 @@ def _decode_attention(
     # The new token is the first that is attended to, from registers.
     score = tl.sum(q * k_new.to(tl.float32), axis=1) * scale + new_bias
     top = tl.where(new_seen, score, float("-inf"))
-    total = tl.where(top > float("-inf"), 1.0, 0.0)
+    total = tl.where(top == float("-inf"), 0.0, tl.exp(top - top))  # 1, or NaN as the score
     acc = total[:, None] * v_new.to(tl.float32)
     if BLOCK_G > 1 and not INTERPRET:
         q = q.to(K.dtype.element_ty)  # for the tensor cores
@@ -306,14 +306,14 @@ def _decode_attention(
 
     heads = kv_heads * GROUP
     if ONE_SPLIT:
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         out = OUT + ((batch * heads + head) * DV)[:, None] + e
         tl.store(out, acc.to(OUT.dtype.element_ty), mask=head_ok[:, None] & (e < DV))
     else:
         at = (batch * heads + head) * SPLITS + split
         tl.store(STATS + at * 2, top, mask=head_ok)
         tl.store(STATS + at * 2 + 1, total, mask=head_ok)
-        some_ok = head_ok & (total > 0)
+        some_ok = head_ok & (total != 0)  # NaN as well: it has to come out
         tl.store(PART + (at * DV)[:, None] + e, acc, mask=some_ok[:, None] & (e < DV))
 
 

@@ -144,9 +144,25 @@ def _rope_append_guard(match: Match, context: Context) -> str | None:
     k_cache, v_cache = match["k_cache"], match["v_cache"]
     if not is_input(k_cache) or not is_input(v_cache) or k_cache is v_cache:
         return "the cache is not an input of the graph"
+    if any(val(cache).stride(3) != 1 and shape(cache)[3] > 1 for cache in (k_cache, v_cache)):
+        return "the head dimension of a cache is not contiguous"
+    if _overlap(k_cache, v_cache):
+        return "keys and values share memory"
     if {val(match[n]).dtype for n in ("q", "k", "v", "q_rope")} != {val(k_cache).dtype}:
         return "cache and projections differ in dtype"
     return _moved_reads(match)
+
+
+def _overlap(a: Node, b: Node) -> bool:
+    """Whether the spans of two static values in memory meet."""
+    if storage(a) != storage(b):
+        return False
+    spans = []
+    for value in (val(a), val(b)):
+        first = value.storage_offset() * value.element_size()
+        extent = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+        spans.append((first, first + extent * value.element_size()))
+    return spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1]
 
 
 def _moved_reads(match: Match) -> str | None:

@@ -83,15 +83,22 @@ def _position_guard(match: Match, context: Context) -> str | None:
     """`arange(tokens) + length` of one token is the length itself: a kernel a layer."""
     node, position = match.root, match["position"]
     mine, other = val(node), val(position)
-    if other is None or other.dtype != mine.dtype or not is_static(position):
-        return "it is cast, or dynamic"
+    if other is None or not is_static(position) or mine.dtype.is_floating_point:
+        return f"{position.name} is no integer tensor of static shape"
+    if (other.dtype, other.device) != (mine.dtype, mine.device):
+        return (
+            f"{position.name} is {other.dtype} on {other.device}, not {mine.dtype} on {mine.device}"
+        )
     if other.numel() != 1 or other.dim() > 1:
         return f"{position.name} has shape {shape(position)}, not one number"
     if reaches_output(node):
         return f"{node.name} leaves the graph"
     if match.writes.any(node) is not None:
         return f"{node.name} is written in place"
-    last = max(readers(node.graph, node), default=node)
+    users = list(readers(node.graph, node))
+    if any(isinstance(user.target, torch._ops.HigherOrderOperator) for user in users):
+        return f"{node.name} goes into a higher-order operator, which takes no aliases"
+    last = max(users, default=node)
     writer = match.writes.between(position, node, last)
     if writer is not None:
         return f"{position.name} is written in place by {writer.name}"

@@ -114,8 +114,8 @@ def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
             continue
-        written = any(writes.any(node) for node in (match.root, *match.also))
         value = rewrite.replace(match, graph)
+        written = any(writes.any(node) for node in (match.root, *match.also, value))
         if value is not None:
             moved.update(match.root.users)
             match.root.replace_all_uses_with(

@@ -34,6 +34,8 @@ from fsvd_compile.kernels import (
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16 = torch.bfloat16
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag].*, 0x10")
+# Weights are what is loaded to be evicted first.
+NARROW_WEIGHT_LOAD = re.compile(r"ld\.global\S*evict_first(?!\S*\.v4\.b32)")
 
 
 class Driver:
@@ -291,6 +293,7 @@ def main() -> None:
                 "order_ptx": order(ptx, PTX_EVENTS),
                 "order_sass": order(sass, SASS_EVENTS),
                 "wide_loads": len(WIDE_LOAD.findall(ptx)),
+                "narrow_weight_loads": len(NARROW_WEIGHT_LOAD.findall(ptx)),
                 "tensor_cores": "mma" in ptx,
             }
             sys.stdout.write(json.dumps(line) + "\n")

@@ -103,6 +103,15 @@ def test_triton_masks(splits, mask, poisoned):
     assert_close("o", attention_triton(*args, splits=splits), attention_reference(*args), 2e-6)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("splits", (1, 3))
+def test_what_is_not_finite_comes_out(splits, poisoned):
+    """A split that saw NaN is not one that saw nothing."""
+    args = case((1, 4, 2, 3, 200, 16, 16))
+    args[1][:, :, 5] = float("nan")
+    assert attention_triton(*args, splits=splits).isnan().all()
+
+
 @ARGUMENTS
 @pytest.mark.interpret
 def test_triton(interpreted_dtype, shape, poisoned):

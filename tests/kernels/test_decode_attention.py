@@ -107,6 +107,23 @@ def test_what_the_position_does_not_reach_is_not_read(poisoned):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("where", ("key", "new key"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("splits", (1, 2, 3))
+def test_what_is_not_finite_comes_out(splits, value, where, poisoned):
+    """A split that saw NaN is not one that saw nothing."""
+    args = list(case((1, 2, 2, 80, 16, 16), "none"))
+    if where == "key":
+        args[5][:, :, 5] = value
+    else:
+        args[1] = torch.full_like(args[1], value)
+    expected, *_ = decode_attention_reference(*args)
+    actual = decode_attention_triton(*args, splits=splits)
+    assert expected.isnan().all()
+    assert actual.isnan().all()
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("position", (-1, 100, 1000))
 def test_a_position_outside_the_cache_writes_nothing(position, poisoned):
     args = case((1, 4, 2, 100, 16, 16), "none", position=position)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from harness import rewrite
 from test_rope_and_attention import rope
 
+from fsvd_compile.passes import PIPELINE, Context, run
+
 B, HQ, HKV, D, S = 2, 4, 2, 8, 11
 
 
@@ -141,6 +143,48 @@ def test_a_position_that_is_written_is_no_counter():
     assert "position" not in rewrite(fn, counter()).matches
 
 
+def test_a_position_computed_from_a_view_of_another():
+    """The second position is the counter by way of the first: the write to the counter lies between as well."""
+
+    def fn(x):
+        first = torch.arange(1) + x
+        second = torch.arange(1) + first[0]
+        x.add_(2)
+        return second.sin(), x.sin()
+
+    rewrite(fn, counter())
+
+
+def test_a_position_on_another_device_than_the_counter():
+    def fn(x):
+        return (torch.arange(1, device="meta") + x).sin().shape, x.sin()
+
+    def seen(gm, inputs):
+        outcomes = run(PIPELINE, gm.graph, Context())
+        matches.update({o.name: o.matches for o in outcomes})
+        return gm
+
+    matches: dict[str, int] = {}
+    torch.compile(fn, backend=seen)(counter())
+    assert matches["position"] == 0
+
+
+def test_a_position_beside_its_counter_in_a_higher_order_operator():
+    def fn(x, y):
+        p = torch.arange(1) + x
+        z = torch.cond(y.sum() > 0, lambda p, x: p + x, lambda p, x: p - x, (p, x))
+        x.add_(1)
+        return z
+
+    result = rewrite(fn, counter(), torch.ones(2))
+    assert "position" not in result.matches
+
+
+def test_a_position_of_floats():
+    result = rewrite(lambda x: (torch.arange(1.0) + x).sin(), torch.tensor(-0.0))
+    assert "position" not in result.matches
+
+
 def step(q, k, v, cos, sin, k_cache, v_cache, position, mask):
     """As Llama does it for one token: rotate, write, attend."""
     q, k = rope(q, cos, sin), rope(k, cos, sin)
@@ -229,3 +273,34 @@ def test_a_second_append_to_the_same_cache():
     result = rewrite(fn, *operands(), device="cuda")
     assert "decode_attention" not in result.matches
     assert any("writes the cache as well" in reason for reason in result.misses["decode_attention"])
+
+
+def caches(kind):
+    """Keys and values in one buffer, or with another order of dimensions."""
+    if kind == "overlapping":
+        room = torch.randn(B, HKV, S, D + 3)
+        return room[..., :D], room[..., 3:]
+    if kind == "apart":
+        return torch.randn(2, B, HKV, S, D).unbind()
+    return torch.randn(B, HKV, D, S).transpose(2, 3), torch.randn(B, HKV, S, D)
+
+
+@pytest.mark.parametrize(("kind", "appends"), [("overlapping", 0), ("apart", 1), ("transposed", 0)])
+def test_where_caches_lie(kind, appends):
+    q, k, v, cos, sin, _, _, position, mask = operands()
+
+    def fn(k_cache, v_cache):
+        return step(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+
+    seen = {}
+
+    def backend(gm, inputs):
+        seen.update({o.name: o.matches for o in run(PIPELINE, gm.graph, Context("cuda"))})
+        return gm
+
+    ours = caches(kind)
+    theirs = [c.clone() for c in ours]
+    actual = torch.compile(fn, backend=backend)(*ours)
+    assert seen["rope_append"] == appends
+    if kind != "overlapping":
+        torch.testing.assert_close(actual, fn(*theirs))
