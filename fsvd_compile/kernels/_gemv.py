@@ -144,9 +144,9 @@ def _gemv(
         if NORM == "rms":
             square1 = b * b
     if NORM == "layer" and NUM_K == 1:
-        mean0, rstd0 = tile_statistics(a, k < K, K, eps, NORM)
+        mean0, rstd0 = tile_statistics(a, k < K, K, eps)
         if TOKENS == 2:
-            mean1, rstd1 = tile_statistics(b, k < K, K, eps, NORM)
+            mean1, rstd1 = tile_statistics(b, k < K, K, eps)
     elif NORM == "layer":
         mean0, rstd0 = norm_statistics(z0, stride_xk, K, eps, NORM, BLOCK_K, NUM_K)
         if TOKENS == 2:

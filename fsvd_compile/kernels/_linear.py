@@ -6,7 +6,7 @@ and bias, activation, gate and residual behind.
 
 * `_gemv`, for one or two tokens: a program owns a few rows of one weight and requests them whole, K
   masked to a power of two, before it looks at x; fp32 multiply and `tl.sum`. Longer K loops. RMSNorm
-  is one factor a row, found in the same pass. A layer's eight linears stream at 79 % of an H200's read
+  is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read
   limit (see configs/sm90.json); bench/NOTES.md says where the rest is.
 * programmatic dependent launch (USE_PDL): the next kernel may start when every program of this one
   has started. It requests its weights, which nobody writes, and then waits (`gdc_wait`) until this

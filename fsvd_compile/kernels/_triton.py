@@ -174,12 +174,10 @@ def activate(x, ACT: tl.constexpr):
 
 
 @jit
-def tile_statistics(x, valid, K, eps, NORM: tl.constexpr):
-    """(mean, 1 / root) of the K valid values of an fp32 tile; the variance is about the mean."""
-    mean = 0.0
-    if NORM == "layer":
-        mean = tl.sum(x, axis=0) / K
-        x = tl.where(valid, x - mean, 0.0)
+def tile_statistics(x, valid, K, eps):
+    """LayerNorm's (mean, 1 / root) of the K valid values of an fp32 tile; the variance is about the mean."""
+    mean = tl.sum(x, axis=0) / K
+    x = tl.where(valid, x - mean, 0.0)
     return mean, tl.rsqrt(tl.sum(x * x, axis=0) / K + tl.cast(eps, tl.float32))
 
 
@@ -187,7 +185,7 @@ def tile_statistics(x, valid, K, eps, NORM: tl.constexpr):
 def norm_statistics(
     x, stride, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr, NUM_K: tl.constexpr
 ):
-    """`tile_statistics` of K values at `x` that do not fit one tile."""
+    """(mean, 1 / root) of either norm, of K values at `x` that do not fit one tile."""
     k = tl.arange(0, BLOCK_K)
     mean = 0.0
     if NORM == "layer":

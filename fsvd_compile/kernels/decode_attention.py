@@ -2,7 +2,7 @@
 
 It computes `fsvd::rope_append` and then `fsvd::attention`. Apart, the cache can be requested only after
 the append has finished, and three short kernels stand one behind the other; here every program requests
-its first block of K and V while the projection before it still runs, and takes the new token's row from
+its first two blocks of K and V while the projection before it still runs, and takes the new token's row from
 the projection instead of from the cache.
 """
 
