@@ -283,13 +283,17 @@ def _combine(
     at = flat * SPLITS + s
     top = tl.load(STATS + at * 2, mask=s < SPLITS, other=float("-inf"))
     total = tl.load(STATS + at * 2 + 1, mask=s < SPLITS, other=0.0)
+    # At once with the two above, not when they have come.
+    part = tl.load(
+        PART + (at * DV)[:, None] + e[None, :],
+        mask=(s < SPLITS)[:, None] & (e < DV)[None, :],
+        other=0.0,
+    )
     # A split that saw nothing stored no partial result.
     some = total != 0
+    part = tl.where(some[:, None], part, 0.0)
     pivot = tl.max(top, axis=0)
     weight = tl.where(some, tl.exp(top - tl.where(pivot == float("-inf"), 0.0, pivot)), 0.0)
-    part = tl.load(
-        PART + (at * DV)[:, None] + e[None, :], mask=some[:, None] & (e < DV)[None, :], other=0.0
-    )
     norm = tl.sum(total * weight, axis=0)
     y = tl.sum(part * weight[:, None], axis=0) / tl.where(norm == 0, 1.0, norm)
     head = kv_head * GROUP + row // M
@@ -420,7 +424,8 @@ def combine(
         DV=dv,
         BLOCK_S=next_power_of_2(splits),
         BLOCK_DV=next_power_of_2(dv),
-        num_warps=4,
+        # 8 splits of 128: one warp 64.8 us a LLaMA-7B layer, two 64.9, four 65.3, eight 67.7 (H200).
+        num_warps=4 if splits * dv >= 4096 else 2 if splits * dv >= 2048 else 1,
     )
 
 

@@ -1,9 +1,9 @@
 """`fsvd::decode_attention`: one token a sequence: RoPE, append to the cache and attention over it, in one kernel.
 
 It computes `fsvd::rope_append` and then `fsvd::attention`. Apart, the cache can be requested only after
-the append has finished, and three short kernels stand one behind the other; here every program requests
-its first two blocks of K and V while the projection before it still runs, and takes the new token's row from
-the projection instead of from the cache.
+the append has finished, and three short kernels stand one behind the other; here every program copies its
+first two blocks of K and V to shared memory while the projection before it still runs, and takes the new
+token's row from the projection instead of from the cache.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton, _tuning, attention, rope_append
-from fsvd_compile.kernels._triton import (
-    cdiv,
-    jit,
-    next_power_of_2,
-    tl,
-)
+from fsvd_compile.kernels._triton import jit, next_power_of_2, tl
 
 _LIB = torch.library.Library("fsvd", "FRAGMENT")
 _LIB.define(
@@ -101,24 +96,13 @@ def _rotated(x, stride_d, cos, sin, d, ok, HALF: tl.constexpr):
 
 
 @jit
-def _rows(base, start, stride, tile, n, S, column_ok, wanted, skip):
-    """The block of a cache whose first row is `start`; `tile` are offsets in it.
+def _bias(mask_at, row, seen, position, stride_n, MASK_KIND: tl.constexpr):
+    """fp32 to add to the scores of rows `row` of a cache, [N] or [G, N] as `mask_at`; -inf where hidden.
 
-    Zeros unless `wanted`, and in the row `skip`: that is being written and may have been anything.
+    Hidden is what the mask hides, what is not `seen`, and the row that is being written.
     """
-    ok = (((start + n) < S) & (start + n != skip) & wanted)[:, None] & column_ok
-    return tl.load(base + tl.cast(start, tl.int64) * stride + tile, mask=ok, other=0.0)
-
-
-@jit
-def _bias(mask_at, start, n, seen, S, reach, position, stride_n, MASK_KIND: tl.constexpr):
-    """fp32 to add to the scores of the block at `start`, [N] or [G, N] as `mask_at`; -inf where hidden.
-
-    Hidden are also the row that is being written, and all of a block that starts past `reach`.
-    """
-    row = start + n
-    seen = seen & (row < S) & (row != position) & (start <= reach)
-    at = mask_at + tl.cast(start, tl.int64) * stride_n
+    seen = seen & (row != position)
+    at = mask_at + row * stride_n
     if MASK_KIND == "float":
         return tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)
     else:
@@ -173,20 +157,25 @@ def _decode_attention(
     stride_mn,
     D: tl.constexpr,
     DV: tl.constexpr,
+    ONE_HEAD: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_LATE: tl.constexpr,
+    SCAN: tl.constexpr,
+    STAGES: tl.constexpr,
     MASK_KIND: tl.constexpr,
     BY_HEAD: tl.constexpr,
     ONE_SPLIT: tl.constexpr,
-    MOST_TURNS: tl.constexpr,
     READ_AHEAD: tl.constexpr,
     INTERPRET: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        if not READ_AHEAD:
+            tl.extra.cuda.gdc_wait()
     split = tl.program_id(0)
     kv_head = tl.cast(tl.program_id(1), tl.int64)
     batch = tl.cast(tl.program_id(2), tl.int64)
@@ -196,113 +185,129 @@ def _decode_attention(
     e = tl.arange(0, BLOCK_DV)[None, :]
     g = tl.arange(0, BLOCK_G)
     head_ok = g < GROUP
-    head = kv_head * GROUP + g
+    # Rows of the tile that have no head repeat the first.
+    head = kv_head * GROUP + tl.where(head_ok, g, 0)
 
     k_base = K + batch * stride_kb + kv_head * stride_kh
     v_base = V + batch * stride_vb + kv_head * stride_vh
     k_tile = n[:, None] * stride_kn + d
     v_tile = n[:, None] * stride_vn + e
-
-    # How far the cache is filled, and blocks up to there; before the wait it is a guess. A wrong one
-    # costs time: blocks beyond it are read late, if the mask shows them.
-    step = SPLITS * BLOCK_N
-    first = split * BLOCK_N
-    reach = S - 1
-    if MASK_KIND != "none":
-        reach = tl.minimum(tl.load(POSITION, volatile=True).to(tl.int32), S - 1)
-    if READ_AHEAD:
-        k1 = _rows(k_base, first, stride_kn, k_tile, n, S, d < D, first <= reach, S)
-        v1 = _rows(v_base, first, stride_vn, v_tile, n, S, e < DV, first <= reach, S)
-        k2 = _rows(k_base, first + step, stride_kn, k_tile, n, S, d < D, first + step <= reach, S)
-        v2 = _rows(v_base, first + step, stride_vn, v_tile, n, S, e < DV, first + step <= reach, S)
-
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-
-    # Everything that the kernel before may have written is requested at once.
-    if not READ_AHEAD:
-        k1 = _rows(k_base, first, stride_kn, k_tile, n, S, d < D, first <= reach, S)
-        v1 = _rows(v_base, first, stride_vn, v_tile, n, S, e < DV, first <= reach, S)
-        k2 = _rows(k_base, first + step, stride_kn, k_tile, n, S, d < D, first + step <= reach, S)
-        v2 = _rows(v_base, first + step, stride_vn, v_tile, n, S, e < DV, first + step <= reach, S)
-    position = tl.load(POSITION, volatile=True).to(tl.int32)
-    # A position outside the cache is an error in eager; a kernel cannot raise, so it writes nothing.
-    mine = (position >= 0) & (position < S) & ((position // BLOCK_N) % SPLITS == split)
     mask_at = MASK + batch * stride_mb
     if BY_HEAD:
         new_mask = mask_at + head * stride_mh
-        mask_at = new_mask[:, None] + n[None, :] * stride_mn
+        mask_at = new_mask[:, None]
         at_n = n[None, :]
-        seen = head_ok[:, None]
     else:
         new_mask = mask_at + (kv_head * GROUP + g * 0) * stride_mh
-        mask_at += kv_head * GROUP * stride_mh + n * stride_mn
+        mask_at += kv_head * GROUP * stride_mh
         at_n = n
-        seen = n >= 0
-    bias1 = _bias(mask_at, first, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
-    bias2 = _bias(mask_at, first + step, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
-    new_seen = head_ok & mine
+
+    # How far the cache is filled. Before the wait it is a guess; a wrong one is found out below.
+    guess = tl.load(POSITION, volatile=True).to(tl.int32)
+    filled = S
+    if MASK_KIND != "none":
+        filled = tl.minimum(tl.maximum(guess, 0), S)
+    step = SPLITS * BLOCK_N
+    first = split * BLOCK_N
+    # One turn at least: the wait is in it.
+    turns = tl.maximum(tl.cdiv(filled - first, step), 1)
+
+    scale = tl.cast(scale, tl.float32)
+    position = guess
+    q = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if BLOCK_G > 1 and not INTERPRET:
+        q = q.to(K.dtype.element_ty)  # for the tensor cores
+    k_new = tl.zeros([1, BLOCK_D], K.dtype.element_ty)
+    v_new = tl.zeros([1, BLOCK_DV], V.dtype.element_ty)
     new_bias = tl.zeros([BLOCK_G], tl.float32)
-    new_mask += tl.cast(position, tl.int64) * stride_mn
-    if MASK_KIND == "float":
-        new_bias = tl.load(new_mask, mask=new_seen, other=float("-inf")).to(tl.float32)
-    elif MASK_KIND == "bool":
-        new_seen = new_seen & (tl.load(new_mask, mask=new_seen, other=0) != 0)
-    cos = COS + batch * stride_cb
-    sin = SIN + batch * stride_sb
-    q_at = Q + batch * stride_qb + head[:, None] * stride_qh
-    q = _rotated(q_at, stride_qd, cos, sin, d, head_ok[:, None] & (d < D), D // 2)
-    new_at = K_NEW + batch * stride_nb + kv_head * stride_nh
-    k_new = _rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
-    v_at = V_NEW + batch * stride_wb + kv_head * stride_wh + e * stride_wd
-    v_new = tl.load(v_at, mask=e < DV, other=0.0).to(V.dtype.element_ty)
-    if mine:
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    bias = tl.zeros([BLOCK_G, BLOCK_N] if BY_HEAD else [BLOCK_N], tl.float32)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        start = first + turn * step
+        ok = ((start + n < filled) & (start + n != guess))[:, None]
+        k_at = k_base + tl.cast(start, tl.int64) * stride_kn + k_tile
+        v_at = v_base + tl.cast(start, tl.int64) * stride_vn + v_tile
+        k = tl.load(k_at, mask=ok & (d < D), other=0.0)
+        v = tl.load(v_at, mask=ok & (e < DV), other=0.0)
+        # In branches: loads of the loop itself are started turns ahead, before the wait.
+        if turn == 0:
+            if USE_PDL and READ_AHEAD:
+                tl.extra.cuda.gdc_wait()
+            position = tl.load(POSITION, volatile=True).to(tl.int32)
+            bias = _bias(
+                mask_at, start + at_n, start + at_n < filled, position, stride_mn, MASK_KIND
+            )
+            cos = COS + batch * stride_cb
+            sin = SIN + batch * stride_sb
+            q_at = Q + batch * stride_qb
+            if ONE_HEAD:
+                q_row = _rotated(q_at + kv_head * stride_qh, stride_qd, cos, sin, d, d < D, D // 2)
+                q = tl.broadcast_to(q_row, [BLOCK_G, BLOCK_D])
+            else:
+                q = _rotated(
+                    q_at + head[:, None] * stride_qh, stride_qd, cos, sin, d, d < D, D // 2
+                )
+            if BLOCK_G > 1 and not INTERPRET:
+                q = q.to(K.dtype.element_ty)
+            new_at = K_NEW + batch * stride_nb + kv_head * stride_nh
+            k_new = _rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
+            new_at = V_NEW + batch * stride_wb + kv_head * stride_wh + e * stride_wd
+            v_new = tl.load(new_at, mask=e < DV, other=0.0).to(V.dtype.element_ty)
+            inside = (position >= 0) & (position < S) & head_ok
+            new_mask += tl.cast(position, tl.int64) * stride_mn
+            if MASK_KIND == "float":
+                new_bias = tl.load(new_mask, mask=inside, other=float("-inf")).to(tl.float32)
+            elif MASK_KIND == "bool":
+                shown = tl.load(new_mask, mask=inside, other=0) != 0
+                new_bias = tl.where(shown, 0.0, float("-inf"))
+        top, total, acc = _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET)
+        if turn + 1 < turns:
+            row = start + step + at_n
+            bias = _bias(mask_at, row, row < filled, position, stride_mn, MASK_KIND)
+
+    if position != guess:
+        # What was read is not what is there, nor all of it.
+        top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+        filled = 0
+    # What the mask shows beyond: nothing in a causal model whose position was guessed right. Small
+    # blocks, so that this takes no more registers than the loop above.
+    scan = tl.arange(0, SCAN)
+    late = tl.arange(0, BLOCK_LATE)
+    if BY_HEAD:
+        scan = scan[None, :]
+        at_late = late[None, :]
+    else:
+        at_late = late
+    for piece in range(split, tl.cdiv(S - filled, SCAN), SPLITS):
+        begin = filled + piece * SCAN
+        if _any(_bias(mask_at, begin + scan, begin + scan < S, position, stride_mn, MASK_KIND)):
+            for start in range(begin, begin + SCAN, BLOCK_LATE):
+                row = start + at_late
+                late_bias = _bias(mask_at, row, row < S, position, stride_mn, MASK_KIND)
+                row = start + late
+                ok = ((row < S) & (row != position))[:, None]
+                at = tl.cast(row, tl.int64)[:, None]
+                k = tl.load(k_base + at * stride_kn + d, mask=ok & (d < D), other=0.0)
+                v = tl.load(v_base + at * stride_vn + e, mask=ok & (e < DV), other=0.0)
+                top, total, acc = _absorb(q, k, v, late_bias, scale, top, total, acc, INTERPRET)
+
+    # A position outside the cache is an error in eager; a kernel cannot raise, so it writes nothing.
+    if (position >= 0) & (position < S) & ((position // BLOCK_N) % SPLITS == split):
         row = tl.cast(position, tl.int64)
         tl.store(k_base + row * stride_kn + d, k_new, mask=d < D)
         tl.store(v_base + row * stride_vn + e, v_new, mask=e < DV)
-        # Nothing times what lay there before would be NaN if that was.
-        k1 = tl.where((first + n == position)[:, None], 0.0, k1)
-        v1 = tl.where((first + n == position)[:, None], 0.0, v1)
-        k2 = tl.where((first + step + n == position)[:, None], 0.0, k2)
-        v2 = tl.where((first + step + n == position)[:, None], 0.0, v2)
-
-    scale = tl.cast(scale, tl.float32)
-    # The new token is the first that is attended to, from registers.
-    score = tl.sum(q * k_new.to(tl.float32), axis=1) * scale + new_bias
-    top = tl.where(new_seen, score, float("-inf"))
-    total = tl.where(top == float("-inf"), 0.0, tl.exp(top - top))  # 1, or NaN as the score
-    acc = total[:, None] * v_new.to(tl.float32)
-    if BLOCK_G > 1 and not INTERPRET:
-        q = q.to(K.dtype.element_ty)  # for the tensor cores
-    blocks = tl.where(first <= reach, (reach - first) // step + 1, 0)
-    # Two blocks in turn, each in registers of its own, and the masks of the next two on their way.
-    for turn in range(0, MOST_TURNS if INTERPRET else blocks, 2):
-        start = first + turn * step
-        third = start + 2 * step
-        fourth = start + 3 * step
-        bias3 = _bias(mask_at, third, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
-        bias4 = _bias(mask_at, fourth, at_n, seen, S, reach, position, stride_mn, MASK_KIND)
-        top, total, acc = _absorb(q, k1, v1, bias1, scale, top, total, acc, INTERPRET)
-        ahead = _any(bias3)
-        k1 = _rows(k_base, third, stride_kn, k_tile, n, S, d < D, ahead, position)
-        v1 = _rows(v_base, third, stride_vn, v_tile, n, S, e < DV, ahead, position)
-        bias1 = bias3
-        if start + step <= reach:
-            top, total, acc = _absorb(q, k2, v2, bias2, scale, top, total, acc, INTERPRET)
-        ahead = _any(bias4)
-        k2 = _rows(k_base, fourth, stride_kn, k_tile, n, S, d < D, ahead, position)
-        v2 = _rows(v_base, fourth, stride_vn, v_tile, n, S, e < DV, ahead, position)
-        bias2 = bias4
-    if MASK_KIND != "none":
-        # What the mask shows beyond the position: nothing in a causal model.
-        turns = tl.cdiv(tl.cdiv(S, BLOCK_N) - split, SPLITS)
-        for turn in range(0 if INTERPRET else blocks, MOST_TURNS if INTERPRET else turns):
-            start = first + turn * step
-            bias = _bias(mask_at, start, at_n, seen, S, S, position, stride_mn, MASK_KIND)
-            if _any(bias) & (start > reach):
-                k3 = _rows(k_base, start, stride_kn, k_tile, n, S, d < D, start < S, position)
-                v3 = _rows(v_base, start, stride_vn, v_tile, n, S, e < DV, start < S, position)
-                top, total, acc = _absorb(q, k3, v3, bias, scale, top, total, acc, INTERPRET)
+        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1) * scale + new_bias
+        new_top = tl.maximum(top, score)
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp(score - pivot)
+        shrink = tl.exp(top - pivot)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)
+        top = new_top
 
     heads = kv_heads * GROUP
     if ONE_SPLIT:
@@ -321,7 +326,7 @@ def _decode_attention(
 def _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET: tl.constexpr):
     """One block of the online softmax; q [G, D], k [N, D], v [N, Dv], bias [N] or [G, N].
 
-    One query head needs no tensor cores, whose operands would take a turn through shared memory.
+    One row of fp32 needs no matrix product.
     """
     if q.shape[0] == 1:
         score = tl.sum(q * k.to(tl.float32), axis=1) * scale + bias
@@ -366,14 +371,15 @@ def decode_attention_triton(
 ) -> Tensor:
     """`decode_attention_aten` by a split-KV kernel, and a second one that combines the splits.
 
-    Programs over KV split, KV head and sequence. A program requests K and V two blocks ahead, as far
-    as `position` says the cache is filled; what the mask shows beyond that is read late, what it hides
-    from a block on is not read (hidden rows of a block that is must be finite, as in eager). Scores and
-    softmax are fp32, q is not rounded after RoPE for one query head a KV head.
+    Programs over KV split, KV head and sequence. A program copies K and V two blocks ahead, as far as
+    `position` says the cache is filled; what the mask shows beyond that is read late (hidden rows of a
+    block that is read must be finite, as in eager). The products run on tensor cores, with rows of zeros
+    or repeated heads where a KV head has few query heads; q is rounded to its dtype after RoPE, as in
+    eager. Scores and softmax are fp32.
 
     Args:
         pdl: Programmatic dependent launch (sm_90 and later).
-        read_ahead: Request the first two blocks before the kernels in front are complete. They may be
+        read_ahead: Copy the first two blocks before the kernels in front are complete. They may be
             many: each is launched when the one before it has started. So between whatever wrote the
             caches last and this launch there must be a kernel without dependent launch, or the
             boundary of a CUDA graph.
@@ -406,7 +412,7 @@ def decode_attention_triton(
     splits = splits or tile.splits
     part, stats = attention.partial_results(out, b * heads, splits)
     kind, mask = attention.mask_argument(mask, (b, heads, 1, s))
-    interpreted = _triton.interpreted()
+    by_head = mask is not None and group > 1 and mask.stride(1) != 0
     _triton.launch(
         _decode_attention,
         (splits, kv_heads, b),
@@ -446,18 +452,20 @@ def decode_attention_triton(
         stride_mn=0 if mask is None else mask.stride(3),
         D=d,
         DV=dv,
-        BLOCK_G=1 if group == 1 else max(16, next_power_of_2(group)),
+        ONE_HEAD=group == 1,
+        BLOCK_G=1 if group == 1 and q.dtype == torch.float32 else max(16, next_power_of_2(group)),
         BLOCK_N=tile.block_n,
         BLOCK_D=max(16, next_power_of_2(d)),
         BLOCK_DV=max(16, next_power_of_2(dv)),
+        BLOCK_LATE=16,
+        SCAN=16 if by_head else 1024,
+        STAGES=tile.num_stages,
         MASK_KIND=kind,
-        BY_HEAD=mask is not None and group > 1 and mask.stride(1) != 0,
+        BY_HEAD=by_head,
         ONE_SPLIT=splits == 1,
-        MOST_TURNS=cdiv(cdiv(s, tile.block_n), splits) if interpreted else 0,
         READ_AHEAD=pdl and read_ahead,
-        INTERPRET=interpreted,
+        INTERPRET=_triton.interpreted(),
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
     if splits > 1:
         attention.combine(part, stats, out, kv_heads, group, 1, pdl)

@@ -35,6 +35,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16 = torch.bfloat16
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag].*, 0x10")
 # Weights are what is loaded to be evicted first.
+EARLY_LOAD = re.compile(r"ld\.(?:volatile\.)?global")
 NARROW_WEIGHT_LOAD = re.compile(r"ld\.global\S*evict_first(?!\S*\.v4\.b32)")
 
 
@@ -292,6 +293,8 @@ def main() -> None:
                 "stack": stack,
                 "order_ptx": order(ptx, PTX_EVENTS),
                 "order_sass": order(sass, SASS_EVENTS),
+                "early_loads": len(EARLY_LOAD.findall(ptx.split("griddepcontrol.wait")[0])),
+                "async_copies": ptx.count("cp.async.c"),
                 "wide_loads": len(WIDE_LOAD.findall(ptx)),
                 "narrow_weight_loads": len(NARROW_WEIGHT_LOAD.findall(ptx)),
                 "tensor_cores": "mma" in ptx,
