@@ -44,7 +44,7 @@ def chain_guard(match: Match, context: Context) -> str | None:
     for weight, bias in ((v, match["vb"]), (u, match["ub"])):
         if len(shape(weight)) != 2 or not is_static(weight):
             return f"{weight} is no matrix of static shape"
-        if not _is_bias(bias, weight):
+        if not is_bias(bias, weight):
             return f"bias of shape {shape(bias)} is broadcast along rows"
     dtypes = {val(n).dtype for n in (match["x"], v, u)}
     if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
@@ -58,7 +58,7 @@ def chain_guard(match: Match, context: Context) -> str | None:
     return None
 
 
-def _is_bias(bias: Node | None, weight: Node) -> bool:
+def is_bias(bias: Node | None, weight: Node) -> bool:
     """Whether a linear adds one number of its weight's dtype per feature; `F.linear` also takes what broadcasts."""
     if bias is None:
         return True
@@ -92,15 +92,28 @@ class _Sibling:
 
 
 def _find_siblings(graph: Graph) -> Iterator[Match]:
+    for group, x in _groups(graph):
+        factorized = [m for m in group if m.u is not None]
+        if factorized:
+            ordered = factorized + [m for m in group if m.u is None]
+            yield Match(group[0].first, {"x": x, "members": ordered})
+
+
+def dense_siblings(graph: Graph) -> Iterator[Match]:
+    """Groups without a factorized member."""
+    for group, x in _groups(graph):
+        if all(m.u is None for m in group):
+            yield Match(group[0].first, {"x": x, "members": group})
+
+
+def _groups(graph: Graph) -> Iterator[tuple[list[_Sibling], Node]]:
     writes = Writes(graph)
     for x in list(graph.nodes):
         members = [m for user in x.users if (m := _sibling(user, x)) is not None]
         members.sort(key=lambda m: m.first)
         for group in _unwritten_between(x, members, writes):
-            factorized = [m for m in group if m.u is not None]
-            if len(group) > 1 and factorized:
-                ordered = factorized + [m for m in group if m.u is None]
-                yield Match(group[0].first, {"x": x, "members": ordered})
+            if len(group) > 1:
+                yield group, x
 
 
 def _unwritten_between(
@@ -134,7 +147,7 @@ def _sibling(user: Node, x: Node) -> _Sibling | None:
     return None
 
 
-def _siblings_guard(match: Match, context: Context) -> str | None:
+def siblings_guard(match: Match, context: Context) -> str | None:
     """One launch reads all first factors and one all second factors: the bytes stay, two kernels per
     further sibling go. Costs nothing where ops are lowered to ATen: there the group falls apart again."""
     x, members, writes = match["x"], match["members"], match.writes
@@ -152,7 +165,7 @@ def _siblings_guard(match: Match, context: Context) -> str | None:
                 return f"{operand.name} is no plain tensor of static shape"
         if len(shape(member.v)) != 2 or val(member.v).dtype != val(x).dtype:
             return f"{member.first.name} has another dtype"
-        if not _is_bias(member.v_bias, member.v):
+        if not is_bias(member.v_bias, member.v):
             return f"bias of shape {shape(member.v_bias)} is broadcast along rows"
         writer = writes.any(member.last)
         if writer is not None:
@@ -162,7 +175,7 @@ def _siblings_guard(match: Match, context: Context) -> str | None:
     return None
 
 
-def _replace_siblings(match: Match, graph: Graph) -> None:
+def replace_siblings(match: Match, graph: Graph) -> None:
     x, members, first = match["x"], match["members"], match.root
     weights: list[Node] = []
     biases: list[Node | None] = []
@@ -177,10 +190,10 @@ def _replace_siblings(match: Match, graph: Graph) -> None:
             width += shape(member.v)[0]
     z = emit_op(graph, first, first, Shrink(x, weights, biases))
     pairs = [m for m in members if m.u is not None]
-    offsets = [starts[m.v, m.v_bias] for m in pairs]
-    y = emit_op(
-        graph, first, first, Expand(z, [m.u for m in pairs], [m.u_bias for m in pairs], offsets)
-    )
+    if pairs:
+        offsets = [starts[m.v, m.v_bias] for m in pairs]
+        expand = Expand(z, [m.u for m in pairs], [m.u_bias for m in pairs], offsets)
+        y = emit_op(graph, first, first, expand)
     values = []
     start = 0
     for member in pairs:
@@ -242,8 +255,8 @@ LOWRANK: tuple[Rewrite, ...] = (
         "siblings",
         "linears of one input, factorized ones among them -> one shrink and one block-diagonal expand",
         _find_siblings,
-        _replace_siblings,
-        _siblings_guard,
+        replace_siblings,
+        siblings_guard,
         repeat=True,
     ),
 )
