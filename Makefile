@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 
 .PHONY: test demo lint wheel clean check-tools
 
-# The whole test-suite, without a GPU; tests marked gpu run where there is one.
+# The whole test-suite, without a GPU; tests marked gpu run where there is one. A file stays in one process.
+JOBS ?= 2
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # A real language model, factorized, compiled and measured; see examples/demo.py for what it prints.
 demo: $(VENV)/.demo
