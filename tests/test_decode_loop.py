@@ -1,0 +1,239 @@
+"""The decode loop gives what transformers' own gives: tokens, random numbers, streams, returned objects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from fsvd_compile import backend, generate
+from fsvd_compile.generate import decode_loop
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NEW = 9
+
+
+class Shifted(LogitsProcessor):
+    """Sees the tokens so far and changes the scores by them."""
+
+    def __call__(self, input_ids, scores):
+        return scores + (input_ids.sum(-1, keepdim=True) % 7) * torch.linspace(
+            0, 1, scores.shape[-1], device=scores.device
+        )
+
+
+class AfterThree(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        done = input_ids.shape[1] >= 8
+        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+
+
+class Stream(BaseStreamer):
+    def __init__(self):
+        self.got, self.ended = [], False
+
+    def put(self, value):
+        assert value.device.type == "cpu"
+        self.got.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.fixture(params=DEVICES)
+def model(request, monkeypatch):
+    if request.param == "cpu":  # seconds less; the loop does not care for what runs the graph
+        monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+    return zoo.factorized("llama").to(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the decode loop ran."""
+    counted = []
+    plain = generate.decode_loop
+
+    def loop(*args, **kwargs):
+        counted.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "decode_loop", loop)
+    return counted
+
+
+def prompts(model, batch=2):
+    torch.manual_seed(5)
+    return torch.randint(1, 97, (batch, 5)).to(model.device)
+
+
+def settings(model, **more):
+    return {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    } | more
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="flashsvd")
+
+
+def both(model, ids, **kwargs):
+    """(transformers' result, ours, whether the random generator ended in the same state)."""
+    out = []
+    for loop in ({}, {"custom_generate": decode_loop}):
+        torch.manual_seed(11)
+        result = model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs, **loop)
+        out.append((result, torch.rand(3, device=model.device)))
+    (theirs, their_state), (ours, our_state) = out
+    assert torch.equal(their_state, our_state)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"do_sample": True}, id="sample"),
+        pytest.param(
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}, id="warpers"
+        ),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, id="several"),
+        pytest.param({"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}, id="penalties"),
+        pytest.param({"logits_processor": LogitsProcessorList([Shifted()])}, id="own processor"),
+        pytest.param({"stopping_criteria": StoppingCriteriaList([AfterThree()])}, id="criterion"),
+        pytest.param({"use_cache": False}, id="no cache"),
+    ],
+)
+def test_tokens_and_random_numbers(model, cache, more):
+    if more.get("use_cache") is False and cache:
+        pytest.skip("a cache that is not used")
+    theirs, ours = both(model, prompts(model), **settings(model, cache_implementation=cache) | more)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("at", [0, 2, NEW - 1])
+def test_sequences_end_one_after_the_other(model, at, sample):
+    """Each with its own end; the finished ones are padded, and nothing comes after the last end."""
+    ids = prompts(model, 3)
+    free, _ = both(model, ids, **settings(model, do_sample=sample))
+    ends = [free[0, 5 + at].item(), free[1, 6].item()]
+    theirs, ours = both(model, ids, **settings(model, do_sample=sample, eos_token_id=ends))
+    assert torch.equal(ours, theirs)
+    theirs, ours = both(model, ids[:1], **settings(model, do_sample=sample, eos_token_id=ends[:1]))
+    assert torch.equal(ours, theirs)
+
+
+def test_left_padding(model):
+    ids = prompts(model, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, :1] = 0
+    kwargs = settings(model, attention_mask=mask)
+    expected = model.generate(ids, **kwargs)
+    assert torch.equal(model.generate(ids, **kwargs, custom_generate=decode_loop), expected)
+
+
+def test_one_call_too_many_only_where_a_sequence_ends_early(model):
+    count = []
+    model.register_forward_pre_hook(lambda *_: count.append(1))
+    ids = prompts(model, 1)
+    run = lambda **more: model.generate(  # noqa: E731
+        ids, **settings(model, **more), custom_generate=decode_loop
+    )
+    free = run()
+    assert len(count) == NEW
+    count.clear()
+    end = free[0, 5 + 3].item()
+    new = run(eos_token_id=end).shape[1] - 5
+    assert new < NEW and len(count) == new + 1
+
+
+def test_a_streamer_gets_every_token_once_and_in_order(model):
+    ids = prompts(model, 1)
+    end = model.generate(ids, **settings(model))[0, 5 + 4].item()
+    for more in ({}, {"eos_token_id": end}):
+        theirs, ours = Stream(), Stream()
+        model.generate(ids, **settings(model, **more), streamer=theirs)
+        # As a callable of their own is not handed the streamer, transformers leaves that to its giver.
+        compiled(model).generate(ids, **settings(model, **more), streamer=ours)
+        assert ours.got == theirs.got and ours.ended and theirs.ended
+
+
+@pytest.mark.parametrize("more", [{}, {"do_sample": True, "top_k": 5}], ids=["greedy", "sample"])
+def test_the_compiled_model_takes_the_loop(model, calls, more):
+    ids = prompts(model)
+    torch.manual_seed(3)
+    expected = model.generate(ids, **settings(model, **more))
+    assert not calls
+    torch.manual_seed(3)
+    fast = compiled(model)
+    assert torch.equal(fast.generate(ids, **settings(model, **more)), expected)
+    assert len(calls) == 1
+    torch.manual_seed(3)
+    config = GenerationConfig(**settings(model, **more))
+    expected = model.generate(ids, config)
+    torch.manual_seed(3)
+    assert torch.equal(fast.generate(ids, config), expected)  # by position
+    assert len(calls) == 2
+
+
+def test_what_other_loops_do_stays_theirs(model, calls):
+    ids = prompts(model)
+    fast = compiled(model)
+    for more in ({"num_beams": 3}, {"num_beams": 2, "do_sample": True}):
+        torch.manual_seed(3)
+        expected = model.generate(ids, **settings(model, **more))
+        torch.manual_seed(3)
+        assert torch.equal(fast.generate(ids, **settings(model, **more)), expected)
+    # Beams that only the model's own settings ask for.
+    model.generation_config.num_beams = 2
+    expected = model.generate(ids, **settings(model))
+    assert torch.equal(fast.generate(ids, **settings(model)), expected)
+    model.generation_config.num_beams = 1
+    own = lambda *args, **kwargs: "mine"  # noqa: E731
+    assert fast.generate(ids, **settings(model), custom_generate=own) == "mine"
+    assert not calls
+
+
+def test_what_shows_the_cache_is_left_to_transformers(model, monkeypatch):
+    ids = prompts(model)
+    taken = []
+    plain = type(model)._sample
+    monkeypatch.setattr(type(model), "_sample", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    theirs, ours = both(model, ids, **settings(model, **more))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.scores, theirs.scores, strict=True))
+    assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    caches = [StaticCache(config=model.config, max_cache_len=40) for _ in range(2)]
+    expected = model.generate(ids, **settings(model), past_key_values=caches[0])
+    actual = model.generate(
+        ids, **settings(model), past_key_values=caches[1], custom_generate=decode_loop
+    )
+    assert torch.equal(actual, expected)
+    lengths = [int(c.get_seq_length()) for c in caches]
+    assert lengths[0] == lengths[1]
+    assert len(taken) == 4
+
+
+def test_bad_arguments_are_told_by_transformers(model):
+    fast = compiled(model)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        fast.generate(prompts(model), max_new_tokens=-1)
+    with pytest.raises((TypeError, ValueError)):
+        fast.generate(prompts(model), no_such_argument=1)
+    assert model._compiled_call_impl is None
