@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsvd_compile.bench.stopwatch import Row, aligned, listed, measure
+from fsvd_compile.bench.stopwatch import Row, listed, measure
 from fsvd_compile.errors import BenchError, WrongResultError
 from fsvd_compile.factorize.select import check_keep, oriented_weight, select_targets
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.table import aligned
 
 # Arguments of transformers' LlamaConfig.
 MODELS = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fsvd_compile.errors import BenchError
+from fsvd_compile.table import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,18 +160,6 @@ def table(rows: Sequence[Row]) -> str:
 def listed(conditions: Mapping[str, Any]) -> str:
     """The conditions in one line."""
     return ", ".join(f"{key} {value}" for key, value in conditions.items())
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """One line per row of cells, all rows of the same length: the first column to the left, the rest to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
 
 
 def save(rows: Sequence[Row], path: str | pathlib.Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+
+from fsvd_compile.table import aligned, folded, pattern, span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FactorizeReport:
 
     def __str__(self) -> str:
         rows = [("module", "count", "in", "out", "rank", "keep", "error", "tokens")]
-        for name, group in _fold(self.modules).items():
+        for name, group in folded(self.modules).items():
             columns = [
                 [module.in_features for module in group],
                 [module.out_features for module in group],
@@ -62,50 +63,25 @@ class FactorizeReport:
                 [f"{module.error:.4f}" for module in group],
                 [module.tokens for module in group],
             ]
-            rows.append((name, str(len(group)), *map(_span, columns)))
+            rows.append((name, str(len(group)), *map(span, columns)))
         lines = [
             f"factorized {len(self.modules)} modules in {self.seconds:.1f} s; parameters "
             f"{self.parameters_before:,} -> {self.parameters_after:,} "
             f"({self.parameters_after / max(self.parameters_before, 1):.3f})"
         ]
         if self.modules:
-            lines += _align(rows)
+            lines += aligned(rows)
         if self.uncalibrated:
-            names = ", ".join(sorted({_pattern(name) for name in self.uncalibrated}))
+            names = ", ".join(sorted({pattern(name) for name in self.uncalibrated}))
             lines.append(
                 f"plain SVD, no calibration token reached them ({len(self.uncalibrated)}): {names}"
             )
         reasons: dict[tuple[str, str], int] = {}
         for name, reason in self.dense.items():
-            key = (_pattern(name), reason)
+            key = (pattern(name), reason)
             reasons[key] = reasons.get(key, 0) + 1
         for (name, reason), count in reasons.items():
             lines.append(f"dense: {name}" + (f" (x{count})" if count > 1 else "") + f": {reason}")
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def _pattern(name: str) -> str:
-    """The name with layer numbers replaced: the same for all layers."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
-
-
-def _fold(modules: tuple[ModuleReport, ...]) -> dict[str, list[ModuleReport]]:
-    groups: dict[str, list[ModuleReport]] = {}
-    for module in modules:
-        groups.setdefault(_pattern(module.name), []).append(module)
-    return groups
-
-
-def _span(values: list) -> str:
-    low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low}..{high}"
-
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
