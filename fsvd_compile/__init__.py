@@ -10,6 +10,18 @@ from fsvd_compile.config import Config
 from fsvd_compile.explain import explain
 from fsvd_compile.factorize import factorize
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families import load, register, save
 
 __version__ = "0.1.0"
-__all__ = ["Config", "LowRankLinear", "__version__", "explain", "factorize", "flashsvd"]
+__all__ = [
+    "Config",
+    "LowRankLinear",
+    "__version__",
+    "explain",
+    "factorize",
+    "flashsvd",
+    "load",
+    "save",
+]
+
+register()  # transformers' from_pretrained reads what `save` wrote

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 import fsvd_compile
-from fsvd_compile import bench
+from fsvd_compile import bench, families
 from fsvd_compile.bench import decode
 from fsvd_compile.errors import FlashSVDError, WrongResultError
 
@@ -42,7 +42,43 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT", required=True
     )
     _add_decode(benches)
+    _add_inspect(commands)
+    _add_convert(commands)
     return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    summary = "what a checkpoint of an SVD family holds: family, ranks, sizes, what is dense"
+    parser = commands.add_parser("inspect", help=summary, description=summary)
+    parser.add_argument("source", help="a directory, or one weight file")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    print(families.inspect(args.source))
+    return 0
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    summary = "read a checkpoint of an SVD family and write it in the common format"
+    parser = commands.add_parser("convert", help=summary, description=summary)
+    parser.add_argument("source", help="a directory, or one weight file")
+    parser.add_argument("out", help="the directory to write, which must not exist or be empty")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of all parameters (default: what the checkpoint's config names)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    print(families.inspect(args.source))
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    families.convert(args.source, args.out, dtype=dtype, overwrite=args.overwrite)
+    print(f"written to {args.out}; load it after `import fsvd_compile`")
+    return 0
 
 
 def _add_decode(benches: argparse._SubParsersAction) -> None:

@@ -17,6 +17,10 @@ class FactorizeError(FlashSVDError, ValueError):
     """`factorize` cannot start or go on; the model is as it was before the call."""
 
 
+class CheckpointError(FlashSVDError, ValueError):
+    """A checkpoint cannot be read, or does not describe the model it says; nothing is left half-loaded."""
+
+
 class DeviceError(FlashSVDError, RuntimeError):
     """A device, driver or compiler that was asked for is not there."""
 

@@ -1,0 +1,122 @@
+"""Checkpoints of the public SVD families, read into one format: `load`, `save`, `inspect`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from fsvd_compile.errors import CheckpointError
+from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families.assemble import Assembly, assemble, dtype_of, is_common, plain_model
+from fsvd_compile.families.hub import register
+from fsvd_compile.families.native import save
+from fsvd_compile.families.report import Inspection
+from fsvd_compile.families.source import read
+
+__all__ = ["Inspection", "convert", "inspect", "load", "register", "save"]
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+) -> Any:
+    """A transformers model with `LowRankLinear` inside, from a checkpoint of any known family.
+
+    No code of the checkpoint runs: pickles are harvested for tensors, `auto_map` is ignored. Which tensor
+    is which factor is decided by shapes. Before the model is returned each factorized module is run on
+    a random input against the factors that were read.
+
+    Args:
+        path: A directory or file; see `families.source.read`.
+        dtype: Of all parameters; by default what the config names, else that of most parameters.
+            Families mix dtypes (SVD-LLM writes fp32 factors into fp16 models).
+        device_map: As in transformers' `from_pretrained`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, is of no known family, or contradicts its config.
+    """
+    register()
+    source = read(path)
+    if is_common(source):
+        _, model_class = plain_model(source)
+        return model_class.from_pretrained(
+            path, dtype=dtype or "auto", device_map=device_map
+        ).eval()
+    assembly = assemble(source)
+    config = assembly.config
+    config.quantization_config = assembly.described()
+    dtype = dtype or dtype_of(source, assembly)
+    try:
+        model = assembly.model_class.from_pretrained(
+            None, config=config, state_dict=assembly.state(), dtype=dtype, device_map=device_map
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot build the model: {error}") from error
+    _verify(model, assembly)
+    log.info("%s", Inspection.of(source, assembly))
+    return model.eval()
+
+
+def inspect(path: str | os.PathLike) -> Inspection:
+    """What a checkpoint holds: family, ranks, sizes, what is dense; `print` it.
+
+    Raises:
+        CheckpointError: as for `load`; nothing is built.
+    """
+    source = read(path)
+    return Inspection.of(source, assemble(source))
+
+
+def convert(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`load`, then `save`; a tokenizer and generation settings that lie beside the weights go along.
+
+    Raises:
+        CheckpointError: as for `load` and `save`; `out` is then as it was.
+    """
+    save(load(path, dtype=dtype), out, overwrite=overwrite, beside=path)
+
+
+@torch.no_grad()
+def _verify(model: Any, assembly: Assembly) -> None:
+    """Every factorized module on a random input against the factors as they were stored, in fp64.
+
+    Raises:
+        CheckpointError: one is further off than its dtype allows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, stored in assembly.modules.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, LowRankLinear):
+            raise CheckpointError(f"{name} is a {type(module).__name__} after loading.")
+        u, v = module.u.weight, module.v.weight
+        if u.device.type == "meta" or v.device.type == "meta":
+            continue  # offloaded
+        x = torch.randn(3, v.shape[1], generator=generator, dtype=torch.float64)
+        expected = x @ stored.v.double().T @ stored.u.double().T
+        actual = x @ v.double().cpu().T @ u.double().cpu().T
+        if stored.bias is not None:
+            expected, actual = (
+                expected + stored.bias.double(),
+                actual + module.u.bias.double().cpu(),
+            )
+        error = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
+        if not error <= 4 * torch.finfo(u.dtype).eps:
+            raise CheckpointError(
+                f"{name} differs from the factors in the checkpoint by {error:.1e} after loading."
+            )

@@ -1,0 +1,321 @@
+"""A foreign checkpoint becomes a transformers model with `LowRankLinear` inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fsvd_compile.errors import CheckpointError
+from fsvd_compile.families.adapters import FAMILIES, Factors, Family, find, oriented
+from fsvd_compile.families.native import METHOD, config_dict, linear_shape
+from fsvd_compile.families.source import Source, same_memory
+
+# Entries of a config that describe a family's own storage, or code that is not run.
+_FOREIGN = (
+    "auto_map", "quantization_config", "low_rank_modules", "low_rank_schema", "low_rank_format_version",
+    "low_rank_method", "low_rank_config", "truncation_ranks", "dobi_target_modules", "rank_dict",
+    "svd_ranks", "transformers_version",
+)  # fmt: skip
+# Tensors that are computed, not learned, or stand a second time under another name.
+_IDLE = re.compile(
+    r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|position_ids)"
+    r"|(.*\.)?[a-z]+_basis\.\d+\.weight"
+)
+# What wraps a model in some repositories' checkpoints.
+_WRAPPERS = ("wrapped_model.", "module.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One factorized module of a checkpoint: `u [m, r]`, `v [r, n]`, `bias [m]` or None, as stored but
+    oriented; `owner` names the module whose `v` this one shares."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+    owner: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """What a model is built from.
+
+    Attributes:
+        family: The family's row.
+        config: The transformers config of the plain model.
+        model_class: Its class.
+        modules: The factorized modules by the plain model's names.
+        rest: All other parameters and buffers by the plain model's names.
+        dense: Linear modules that are dense in the checkpoint.
+    """
+
+    family: Family
+    config: Any
+    model_class: type
+    modules: dict[str, Module]
+    rest: dict[str, torch.Tensor]
+    dense: tuple[str, ...]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state dict of the factorized model; a shared `v` stands once."""
+        state = dict(self.rest)
+        for name, module in self.modules.items():
+            state[f"{name}.u.weight"] = module.u.contiguous()
+            if module.owner is None:
+                state[f"{name}.v.weight"] = module.v.contiguous()
+            if module.bias is not None:
+                state[f"{name}.u.bias"] = module.bias
+        return state
+
+    def described(self) -> dict[str, Any]:
+        """The `quantization_config` of the factorized model."""
+        return config_dict(
+            {
+                name: {"rank": module.v.shape[0], "bias": module.bias is not None}
+                | ({} if module.owner is None else {"v": module.owner})
+                for name, module in self.modules.items()
+            }
+        )
+
+
+def assemble(source: Source) -> Assembly:
+    """Finds config, family, factors and everything else of a checkpoint.
+
+    Raises:
+        CheckpointError: the model type is unknown, no factors are found, factors do not fit the model,
+            values are not finite, or tensors are missing or left over. Nothing was built.
+    """
+    config, model_class = plain_model(source)
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    shapes = dict(_linears(skeleton))
+    tensors = _renamed(source.tensors, skeleton, shapes)
+    family, pairs = find(source, tensors, shapes)
+    if family is None:
+        raise CheckpointError(
+            f"{source.path}: no factor pair is found for any of the {len(shapes)} linear modules of "
+            f"{model_class.__name__}. Known layouts: {', '.join(f.name for f in FAMILIES)}. A dense "
+            "checkpoint is loaded with transformers and factorized with fsvd_compile.factorize."
+        )
+    modules = {
+        name: _module(name, pairs[name], tensors, shapes[name]) for name in shapes if name in pairs
+    }
+    _check_finite(source, modules)
+    modules = _with_owners(modules, family)
+    ties = skeleton.all_tied_weights_keys
+    untied = [key for key in ties if key in tensors and not _equal(tensors, key, ties[key])]
+    if untied or any(f"{name}.weight" in ties for name in modules):
+        # A head that was factorized or changed is no longer the embedding, whatever the config says.
+        config.tie_word_embeddings = False
+        with torch.device("meta"):
+            skeleton = model_class(config)
+    used = {key for factors in pairs.values() for key in factors.keys}
+    rest = _rest(source, skeleton, modules, {k: t for k, t in tensors.items() if k not in used})
+    dense = tuple(name for name in shapes if name not in modules)
+    return Assembly(family, config, model_class, modules, rest, dense)
+
+
+def plain_model(source: Source) -> tuple[Any, type]:
+    """(config, class) of the transformers model that a checkpoint factorizes.
+
+    Families rename both (`ShareLlamaForCausalLM`, `svdllm-llama`); the known name inside is meant.
+
+    Raises:
+        CheckpointError: there is no config, or none that this version of transformers knows.
+    """
+    import transformers
+
+    if not source.config:
+        raise CheckpointError(
+            f"{source.path}: there is no config.json, and no model whose config could be read. Put the "
+            "base model's config.json beside the weights."
+        )
+    told = str(source.config.get("model_type", ""))
+    architecture = source.architecture or ""
+    known = transformers.CONFIG_MAPPING.keys()
+    named = [told] if told in known else [k for k in known if k in told.replace("-", "_").lower()]
+    named = named or [k for k in known if k.replace("_", "") in architecture.lower()]
+    settings = {
+        key: value
+        for key, value in source.config.items()
+        if key not in _FOREIGN and key != "model_type" and not key.startswith("_")
+    }
+    config = model_class = None
+    if named:
+        try:
+            config = transformers.AutoConfig.for_model(max(named, key=len), **settings)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{source.path}: the config is not valid: {error}") from error
+        model_class = _model_class(transformers, architecture, config)
+    if model_class is None:
+        raise CheckpointError(
+            f"{source.path}: model_type={told!r} and architectures={architecture!r} name no model that "
+            f"transformers {transformers.__version__} knows. Set both in config.json to the base "
+            "model's, such as 'llama' and ['LlamaForCausalLM']."
+        )
+    config.architectures = [model_class.__name__]
+    return config, model_class
+
+
+def _model_class(transformers: Any, architecture: str, config: Any) -> type | None:
+    """The class whose name ends the architecture's, else that of the config for the same task."""
+    found = re.search(r"(Model|For[A-Z]\w+)$", architecture)
+    if found is None:
+        return None
+    same = [name for name in dir(transformers) if architecture.endswith(name) and name != found[0]]
+    if same:
+        return getattr(transformers, max(same, key=len))
+    auto = getattr(transformers, f"AutoModel{found[0].removeprefix('Model')}", None)
+    return None if auto is None else auto._model_mapping.get(type(config), None)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            yield name, linear_shape(module, name)
+
+
+def _renamed(
+    tensors: Mapping[str, torch.Tensor], skeleton: Any, shapes: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors under the plain model's names: without wrappers, with the prefix of its base."""
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model_prefix else ""
+    expected = {*skeleton.state_dict(), *(f"{name}." for name in shapes)}
+    renamings = (
+        lambda name: name,
+        lambda name: prefix + name,
+        lambda name: name.removeprefix(prefix),
+    )
+
+    def fits(rename: Any) -> int:
+        return sum(any(part in expected for part in _parts(rename(name))) for name in tensors)
+
+    rename = max(renamings, key=fits)
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def _parts(name: str) -> Iterator[str]:
+    """The name itself and the modules it lies in, each with its dot."""
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield f"{name}."
+
+
+def _module(
+    name: str, factors: Factors, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+) -> Module:
+    a, b = tensors[factors.first], tensors[factors.second]
+    for key, tensor in ((factors.first, a), (factors.second, b)):
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{key} is {tensor.dtype}: quantized factors (Dobi-SVD's remapping and the like) are "
+                "not read yet; export the checkpoint without quantization."
+            )
+    u, v = oriented(name, a, b, *shape)
+    first_is_v = v.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+    v_key = factors.first if first_is_v else factors.second
+    bias = None
+    for key in factors.biases:
+        value = tensors[key]
+        if key == f"{v_key.removesuffix('.weight')}.bias" and value.shape == v.shape[:1]:
+            value = (u.double() @ value.double()).to(value.dtype)  # y = U (V x + b)
+        elif value.shape != u.shape[:1]:
+            raise CheckpointError(
+                f"{key} has shape {list(value.shape)}; {name} [{shape[0]}, {shape[1]}] of rank "
+                f"{v.shape[0]} takes a bias of [{shape[0]}] after U or of [{v.shape[0]}] after V."
+            )
+        bias = value if bias is None else bias + value
+    return Module(u, v, bias)
+
+
+def _equal(tensors: Mapping[str, torch.Tensor], a: str, b: str) -> bool:
+    return b not in tensors or torch.equal(tensors[a], tensors[b])
+
+
+def _check_finite(source: Source, modules: Mapping[str, Module]) -> None:
+    for name, module in modules.items():
+        for part in ("u", "v", "bias"):
+            value = getattr(module, part)
+            if value is not None and not value.isfinite().all():
+                raise CheckpointError(f"{source.path}: {part} of {name} holds NaN or inf.")
+
+
+def _with_owners(modules: Mapping[str, Module], family: Family) -> dict[str, Module]:
+    """Modules that share a first factor, by memory; Basis Sharing's also by value, as safetensors
+    stores every name by itself."""
+    owners: list[str] = []
+    out: dict[str, Module] = {}
+    for name, module in modules.items():
+        alike = (
+            o for o in owners if _shared(modules[o].v, module.v, family.name == "Basis Sharing")
+        )
+        owner = next(alike, None)
+        if owner is None:
+            owners.append(name)
+        out[name] = dataclasses.replace(module, owner=owner)
+    return out
+
+
+def _shared(a: torch.Tensor, b: torch.Tensor, by_value: bool) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return same_memory((a, b)) or (by_value and torch.equal(a, b))
+
+
+def _rest(
+    source: Source, skeleton: Any, modules: Mapping[str, Module], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    replaced = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
+    expected = {k: t for k, t in skeleton.state_dict().items() if k not in replaced}
+    tied = {key for key in skeleton.all_tied_weights_keys if key in expected}
+    rest = {key: tensor for key, tensor in tensors.items() if key in expected and key not in tied}
+    over = [
+        key
+        for key, tensor in tensors.items()
+        if key not in expected
+        and not _IDLE.fullmatch(key)
+        and not (key in replaced and tensor.numel() == 1)  # a placeholder that LEMS registers
+    ]
+    missing = [key for key in expected if key not in rest and key not in tied]
+    wrong = [key for key, tensor in rest.items() if tensor.shape != expected[key].shape]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
+        for what, keys in (
+            ("tensors belong to no module", over), ("are missing", missing), ("have another shape", wrong)
+        )
+        if keys
+    ]  # fmt: skip
+    if problems:
+        raise CheckpointError(
+            f"{source.path} does not describe a {type(skeleton).__name__}: {'; '.join(problems)}."
+        )
+    return rest
+
+
+def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:
+    """The dtype that a checkpoint's config names, else that of most of its parameters."""
+    told = source.config.get("dtype") or source.config.get("torch_dtype")
+    told = getattr(torch, str(told).removeprefix("torch."), None)
+    if isinstance(told, torch.dtype):
+        return told
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in assembly.state().values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def is_common(source: Source) -> bool:
+    """Whether a checkpoint is in the common format already."""
+    described = source.config.get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") == METHOD

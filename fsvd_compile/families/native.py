@@ -1,0 +1,213 @@
+"""The common format: a transformers model directory whose config names the factorized modules.
+
+`config.json` carries `quantization_config = {"quant_method": "flashsvd", "modules": {...}}`: transformers
+builds the dense skeleton, `hub` swaps `LowRankLinear` in, and the weights are ordinary safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fsvd_compile.errors import CheckpointError
+from fsvd_compile.factorized import LowRankLinear
+
+METHOD = "flashsvd"
+VERSION = 1
+NOTE = "import fsvd_compile before loading: transformers alone leaves the factors random"
+
+
+def modules_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a config has to say of every `LowRankLinear`: `{name: {"rank", "bias"[, "v"]}}`.
+
+    "v" names the module of which the first factor is shared.
+    """
+    owners: dict[int, str] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, LowRankLinear):
+            continue
+        found[name] = {"rank": module.rank, "bias": module.u.bias is not None}
+        owner = owners.setdefault(id(module.v.weight), name)
+        if owner != name:
+            found[name]["v"] = owner
+    return found
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's `state_dict` in which a shared first factor stands once, under its owner's name."""
+    state = model.state_dict()
+    for name, entry in modules_of(model).items():
+        if "v" in entry:
+            del state[f"{name}.v.weight"]
+    return state
+
+
+def swap_in(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Puts a `LowRankLinear` without values in the place of each named linear module.
+
+    Raises:
+        CheckpointError: a name is missing from the model, is no linear module, or an entry is malformed.
+    """
+    for name, entry in modules.items():
+        rank, bias = entry.get("rank"), entry.get("bias", False)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise CheckpointError(
+                f"config: module {name!r} has rank {rank!r}; it takes an int >= 1."
+            )
+        parent, _, child = name.rpartition(".")
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"config: {type(model).__name__} has no module {name!r}; the config names another model."
+            ) from None
+        out_features, in_features = linear_shape(old, name)
+        weight = old.weight
+        made = LowRankLinear(
+            in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
+        )
+        if "v" in entry:
+            made.v = _owner(model, name, entry["v"], made).v
+        setattr(model.get_submodule(parent), child, made)
+
+
+def _owner(model: nn.Module, name: str, owner: str, made: LowRankLinear) -> LowRankLinear:
+    found = dict(model.named_modules()).get(owner)
+    if not isinstance(found, LowRankLinear):
+        raise CheckpointError(
+            f"config: {name!r} shares the first factor of {owner!r}, which is not a factorized "
+            "module named before it."
+        )
+    if (found.rank, found.in_features) != (made.rank, made.in_features):
+        raise CheckpointError(
+            f"config: {name!r} [{made.rank}, {made.in_features}] cannot share the first factor "
+            f"[{found.rank}, {found.in_features}] of {owner!r}."
+        )
+    return found
+
+
+def linear_shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or a transformers Conv1D."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+        return weight.shape[1], weight.shape[0]
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    raise CheckpointError(
+        f"config: {name!r} is a {type(module).__name__}, which no low-rank pair can replace."
+    )
+
+
+# What a model directory holds beside weights and config, as far as it is data.
+_BESIDE = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def save(
+    model: nn.Module,
+    out: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    beside: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model with `LowRankLinear` inside so that `from_pretrained` reads it back, after
+    `import fsvd_compile`.
+
+    The directory appears under its name only when it is complete: it is written beside it and renamed.
+
+    Args:
+        model: A transformers model. Its weights, ranks, biases and shared first factors are kept as
+            they are; dtypes too.
+        out: The directory, which must not exist or be empty unless `overwrite`.
+        tokenizer: Written beside it, if given.
+        beside: A model directory of which tokenizer and generation settings are copied.
+        overwrite: Replace what is there.
+
+    Raises:
+        CheckpointError: nothing is factorized, the model is no transformers model, the directory is in
+            use, or the disk is full.
+    """
+    out = pathlib.Path(out)
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise CheckpointError(
+            f"save: {type(model).__name__} is no transformers model; use torch.save on its state_dict."
+        )
+    modules = modules_of(model)
+    if not modules:
+        raise CheckpointError(
+            "save: the model has no LowRankLinear; use its save_pretrained, or factorize it first."
+        )
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"save: {out} exists; name another directory or pass overwrite=True.")
+    draft = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    try:
+        draft.mkdir(parents=True)
+        with _described(model, modules):
+            model.save_pretrained(draft, state_dict=state_of(model))
+        for name in _BESIDE if beside is not None else ():
+            if (file := pathlib.Path(beside) / name).is_file():
+                shutil.copyfile(file, draft / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        (draft / "README.md").write_text(_card(model, modules))
+        if out.exists():
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        draft.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"save: {out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _described(model: Any, modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """The model's config with the factorized modules in it, for as long as it is written."""
+    before = getattr(model.config, "quantization_config", None)
+    model.config.quantization_config = config_dict(modules)
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = before
+
+
+def config_dict(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The `quantization_config` of a model directory."""
+    return {"quant_method": METHOD, "version": VERSION, "note": NOTE, "modules": modules}
+
+
+def _card(model: Any, modules: dict[str, dict[str, Any]]) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    ranks = [entry["rank"] for entry in modules.values()]
+    name = type(model).__name__
+    auto = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModel"
+    return f"""---
+library_name: transformers
+tags: [fsvd_compile, svd, low-rank]
+---
+# {name}, factorized
+
+{len(modules)} linear layers are held as two factors of ranks {min(ranks)} to {max(ranks)};
+{parameters:,} parameters in all.
+
+```python
+import fsvd_compile  # first: transformers alone does not know the factors and leaves them random
+from transformers import {auto}
+
+model = {auto}.from_pretrained("this directory")
+```
+"""
