@@ -110,13 +110,19 @@ def test_dtypes(name, tmp_path):
     assert error(output(half).float(), output(made.reference)) < 0.05
 
 
+def saves(module):
+    m, n = module.out_features, module.in_features
+    return module.rank * (m + n) < m * n
+
+
 def test_a_loaded_model_compiles(tmp_path):
     made = checkpoints.GENERATORS["svd-llm-llama-pickle"](tmp_path)
     model = families.load(made.path, dtype=torch.float32).requires_grad_(False)
     compiled = torch.compile(model, backend="flashsvd")
     assert error(output(compiled), output(made.reference)) < 2e-6
     found = fsvd_compile.explain(compiled, torch.arange(1, 19).view(2, 9))
-    assert found.matches()["lowrank_chain"] == len(made.ranks)
+    worth = [m for m in factorized(model).values() if saves(m)]
+    assert found.matches()["lowrank_chain"] == len(worth) > 15
 
 
 @pytest.mark.parametrize("order", ["fsvd_compile, transformers", "transformers, fsvd_compile"])
