@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,10 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize.allocate import Spectrum, allocate
 from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect, replay
-from fsvd_compile.factorize.closed_form import best_factors
+from fsvd_compile.factorize.closed_form import best_factors, spectrum
 from fsvd_compile.factorize.report import FactorizeReport, ModuleReport
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
+from fsvd_compile.factorize.sensitivity import Loss, sensitivities
 from fsvd_compile.factorized import LowRankLinear
 
 __all__ = ["FactorizeReport", "ModuleReport", "factorize"]
@@ -26,6 +29,8 @@ def factorize(
     *,
     calibration: Iterable[torch.Tensor | Mapping[str, Any]] | None = None,
     select: Select = None,
+    allocation: str = "uniform",
+    loss: Loss | None = None,
     progress: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> FactorizeReport:
@@ -53,6 +58,13 @@ def factorize(
         select: A predicate `(name, module) -> bool` or glob patterns of module names. By default
             every nn.Linear and transformers Conv1D except the output embeddings. Modules whose
             weight is tied to another stay dense in any case.
+        allocation: "uniform" gives every module its own `keep`. "loss" takes the parameters that this
+            would leave as one budget and gives ranks, multiples of 8, where they save the most loss:
+            modules that matter stay dense, others go far below. It runs the calibration batches
+            once more, forward and backward, and decomposes each weight twice. See
+            `allocate.allocate` and `sensitivity.sensitivities`.
+        loss: For "loss": `(model, batch) -> scalar`. By default the model's own, from `labels` in a
+            batch or, for language models, from its tokens.
         progress: Show progress bars on stderr.
         dtype: Of covariances and decompositions: float64, or float32 for half the memory, which
             loses small eigenvalues (and more with TF32 enabled).
@@ -71,6 +83,14 @@ def factorize(
     check_calibration(calibration)
     if dtype not in (torch.float64, torch.float32):
         raise FactorizeError(f"dtype={dtype} is not supported; use torch.float64 or torch.float32.")
+    if allocation not in ("uniform", "loss"):
+        raise FactorizeError(f'allocation={allocation!r}; it has to be "uniform" or "loss".')
+    if allocation == "loss":
+        if calibration is None:
+            raise FactorizeError(
+                "allocation='loss' needs calibration: the loss is computed on its batches."
+            )
+        calibration = list(calibration)  # read twice
     chosen, dense = select_targets(model, keep, select)
     targets = [target for target in chosen if target.rank is not None]
     for target in chosen:
@@ -95,6 +115,9 @@ def factorize(
                 progress=progress,
                 skip_logits=_output_layer(model) not in modules.values(),
             )
+            if allocation == "loss":
+                weights = sensitivities(model, modules, calibration, loss, progress=progress)
+                targets = _allocated(targets, weights, covariances, dtype, dense)
         replacements, reports = _compute(targets, covariances, dtype, progress)
         _swap(model, replacements, training, first)
     finally:
@@ -108,6 +131,43 @@ def factorize(
         parameters_after=_count(model),
         seconds=time.perf_counter() - start,
     )
+
+
+MULTIPLE = 8  # of allocated ranks: rows of 16 bytes in 16 bits, which the kernels load at once
+
+
+@torch.no_grad()
+def _allocated(
+    targets: list[Target],
+    weights: Mapping[str, float],
+    covariances: Covariances,
+    dtype: torch.dtype,
+    dense: dict[str, str],
+) -> list[Target]:
+    """The targets with ranks under the budget of their own; what is better left dense goes to `dense`.
+
+    Modules that no token or gradient reached, such as an expert that was not chosen, keep their rank.
+    """
+    spectra, budget = {}, 0
+    for target in targets:
+        covariance, weight = covariances.get(target.name), weights[target.name]
+        if covariance is not None and weight > 0:
+            m, n = target.weight.shape
+            values = spectrum(target.weight.to(dtype), covariance)
+            spectra[target.name] = Spectrum(values.cpu(), weight, m, n)
+            budget += target.rank * (m + n)
+    ranks = allocate(spectra, budget, MULTIPLE)
+    kept = []
+    for target in targets:
+        rank = ranks.get(target.name, target.rank)
+        if rank is None:
+            dense[target.name] = "allocated: below break-even it would cost more loss than others"
+            covariances.pop(target.name)
+        else:
+            m, n = target.weight.shape
+            share = rank * (m + n) / (m * n)
+            kept.append(dataclasses.replace(target, rank=rank, keep=round(share, 4)))
+    return kept
 
 
 # Inference tensors would be refused by autograd ever after.

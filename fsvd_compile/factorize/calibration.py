@@ -49,6 +49,11 @@ class Covariances:
             self._newest.clear()
         return (group.gram, group.tokens) if group.tokens else (None, 0)
 
+    def get(self, name: str) -> torch.Tensor | None:
+        """C of a module as `pop` gives it, kept."""
+        group = self._of.get(name)
+        return group.gram if group is not None and group.tokens else None
+
     @property
     def matrices(self) -> int:
         """How many distinct matrices are held."""
@@ -225,7 +230,7 @@ def collect(
         batches = tqdm(calibration, "calibrate", total, disable=not progress, unit="batch")
         for index, batch in enumerate(batches):
             first = batch if index == 0 else first
-            args, kwargs, mask = _arguments(model, batch, index, skip_logits)
+            args, kwargs, mask = arguments(model, batch, index, skip_logits)
             with covariances.batch(index, mask):
                 _run_batch(model, args, kwargs, index)
             count += 1
@@ -261,7 +266,7 @@ def _run_batch(model: nn.Module, args: tuple, kwargs: dict, index: int) -> None:
 
 def replay(model: nn.Module, batch: Any) -> None:
     """Runs one batch again; whatever the model raises comes through."""
-    args, kwargs, _ = _arguments(model, batch, 0, skip_logits=False)
+    args, kwargs, _ = arguments(model, batch, 0, skip_logits=False)
     _forward(model, args, kwargs)
 
 
@@ -277,9 +282,10 @@ def _hook(covariances: Covariances, name: str):
     return pre_hook
 
 
-def _arguments(
+def arguments(
     model: nn.Module, batch: Any, index: int, skip_logits: bool
 ) -> tuple[tuple, dict[str, Any], torch.Tensor | None]:
+    """(positional arguments, keyword arguments, mask of tokens or None) of a calibration batch."""
     device = next(model.parameters()).device
     if isinstance(batch, torch.Tensor):
         args, kwargs = (batch.to(device),), {}

@@ -58,10 +58,8 @@ def best_factors(weight: torch.Tensor, covariance: torch.Tensor | None, rank: in
     Raises:
         torch.linalg.LinAlgError: the eigendecomposition does not converge.
     """
-    m, n = weight.shape
-    basis, core = torch.linalg.qr(weight) if m > n else (None, weight)
-    gram = core @ core.T if covariance is None else core @ covariance @ core.T
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    basis, gram = _problem(weight, covariance)
+    values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)  # rounding makes zero eigenvalues slightly negative
     u = vectors[:, -rank:].flip(1)
     if basis is not None:
@@ -69,6 +67,22 @@ def best_factors(weight: torch.Tensor, covariance: torch.Tensor | None, rank: in
     total = values.sum()
     error = (values[:-rank].sum() / total).sqrt().item() if total > 0 else 0.0
     return Factors(u.contiguous(), u.T @ weight, error)
+
+
+def spectrum(weight: torch.Tensor, covariance: torch.Tensor | None) -> torch.Tensor:
+    """The squared error ||(W - U V) X||_F^2 that each rank saves, falling, `[min(out, in)]`; see `best_factors`."""
+    _, gram = _problem(weight, covariance)
+    return torch.linalg.eigvalsh(gram).clamp_min(0).flip(0)
+
+
+def _problem(
+    weight: torch.Tensor, covariance: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(Q or None, the symmetric matrix whose top eigenvectors, times Q, are U)."""
+    m, n = weight.shape
+    basis, core = torch.linalg.qr(weight) if m > n else (None, weight)
+    gram = core @ core.T if covariance is None else core @ covariance @ core.T
+    return basis, (gram + gram.T) / 2
 
 
 def weighted_error(
