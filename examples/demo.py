@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 import os
 import sys
 import time
@@ -49,7 +48,7 @@ def main() -> None:
 
     with step(3, "What it costs: perplexity on held-out leads"):
         for name, model in {"dense": dense, "factorized": factorized}.items():
-            print(f"{name:<12}{perplexity(model, held_out.to(device)):8.2f}")
+            print(f"{name:<12}{smollm2.perplexity(model, held_out.to(device)):8.2f}")
 
     with step(4, 'Text (greedy, float32), with torch.compile(backend="flashsvd") at the end'):
         decoders = make_decoders(dense, factorized, prompt, args)
@@ -176,12 +175,6 @@ def check_agreement(a: list[int], b: list[int], eager: Decoder, tokenizer) -> No
         f"instead of {tokenizer.decode(a[at:])!r}. The eager model's two best logits there are "
         f"{first:.5f} and {second:.5f}."
     )
-
-
-@torch.no_grad()
-def perplexity(model, ids: torch.Tensor) -> float:
-    losses = [model(row[None], labels=row[None]).loss.item() for row in ids]
-    return math.exp(sum(losses) / len(losses))
 
 
 def time_all(decoders: dict[str, Decoder], dtype: torch.dtype, args) -> list[bench.Row]:

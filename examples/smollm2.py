@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import pathlib
 import random
 import sys
@@ -92,3 +93,10 @@ def windows(
         if tokens or len(article) >= first:
             tokens += article
     return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def perplexity(model, windows: torch.Tensor) -> float:
+    """exp of the mean loss a token of `windows` `[count, length]`."""
+    losses = [model(row[None], labels=row[None]).loss.item() for row in windows]
+    return math.exp(sum(losses) / len(losses))
