@@ -12,6 +12,7 @@ import fsvd_compile
 from fsvd_compile import bench, families
 from fsvd_compile.bench import decode
 from fsvd_compile.errors import FlashSVDError, WrongResultError
+from fsvd_compile.factorize import checkpoint
 
 COMMAND = "fsvd-compile"
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_decode(benches)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_factorize(commands)
     return parser
 
 
@@ -77,6 +79,51 @@ def _convert(args: argparse.Namespace) -> int:
     print(families.inspect(args.source))
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     families.convert(args.source, args.out, dtype=dtype, overwrite=args.overwrite)
+    print(f"written to {args.out}; load it after `import fsvd_compile`")
+    return 0
+
+
+def _add_factorize(commands: argparse._SubParsersAction) -> None:
+    summary = "factorize a dense language model with calibration text and write the common format"
+    parser = commands.add_parser("factorize", help=summary, description=summary)
+    add = parser.add_argument
+    add("model", help="a directory that AutoModelForCausalLM loads")
+    add("out", help="the directory to write, which must not exist or be empty")
+    add(
+        "--keep", type=float, default=0.5, help="share of parameters of all linear layers but the "
+        "head, in (0, 1] (default %(default)s)",
+    )  # fmt: skip
+    add("--calibration", metavar="FILE", help="a text file; without one, plain SVD")
+    add("--length", type=int, default=512, help="tokens of a window (default %(default)s)")
+    add("--windows", type=int, default=64, help="windows at the most (default %(default)s)")
+    add(
+        "--allocation", choices=("uniform", "loss"), help="one share for every layer, or ranks where "
+        "they save the most loss (default: loss with calibration)",
+    )  # fmt: skip
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=_factorize)
+
+
+def _factorize(args: argparse.Namespace) -> int:
+    report = checkpoint.factorize_checkpoint(
+        args.model,
+        args.out,
+        args.keep,
+        calibration=args.calibration,
+        length=args.length,
+        count=args.windows,
+        allocation=args.allocation or ("loss" if args.calibration else "uniform"),
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        device=args.device,
+        overwrite=args.overwrite,
+    )
+    print(report)
     print(f"written to {args.out}; load it after `import fsvd_compile`")
     return 0
 

@@ -12,11 +12,11 @@ from fsvd_compile.errors import CheckpointError
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families.assemble import Assembly, assemble, dtype_of, is_common, plain_model
 from fsvd_compile.families.hub import register
-from fsvd_compile.families.native import save
+from fsvd_compile.families.native import check_free, save
 from fsvd_compile.families.report import Inspection
 from fsvd_compile.families.source import read
 
-__all__ = ["Inspection", "convert", "inspect", "load", "register", "save"]
+__all__ = ["Inspection", "check_free", "convert", "inspect", "load", "register", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def convert(
     Raises:
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
+    check_free(out, overwrite)
     save(load(path, dtype=dtype), out, overwrite=overwrite, beside=path)
 
 

@@ -149,8 +149,7 @@ def save(
         raise CheckpointError(
             "save: the model has no LowRankLinear; use its save_pretrained, or factorize it first."
         )
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"save: {out} exists; name another directory or pass overwrite=True.")
+    check_free(out, overwrite)
     draft = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     try:
         draft.mkdir(parents=True)
@@ -169,6 +168,13 @@ def save(
         raise CheckpointError(f"save: {out} could not be written: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_free(out: str | os.PathLike, overwrite: bool) -> None:
+    """Raises CheckpointError if `save` would refuse the directory: better known before the work."""
+    out = pathlib.Path(out)
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"save: {out} exists; name another directory or pass overwrite=True.")
 
 
 @contextlib.contextmanager

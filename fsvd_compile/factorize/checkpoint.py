@@ -1,0 +1,90 @@
+"""A model directory in, its factorized form out: what `fsvd-compile factorize` does."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import torch
+
+from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize import FactorizeReport, Keep, factorize
+from fsvd_compile.families import check_free, save
+
+
+def windows_of_text(text: str, tokenizer: Any, length: int, count: int) -> list[torch.Tensor]:
+    """Up to `count` batches `[1, length]` of token ids, from the beginning of the text on; a rest is left.
+
+    Raises:
+        FactorizeError: the text is shorter than one window.
+    """
+    ids = tokenizer(text, verbose=False).input_ids
+    batches = torch.tensor(ids[: count * length]).split(length)
+    whole = [batch[None] for batch in batches if len(batch) == length]
+    if not whole:
+        raise FactorizeError(
+            f"The calibration text has {len(ids)} tokens, fewer than one window of {length}. Give a "
+            "longer text or a shorter window."
+        )
+    return whole
+
+
+def factorize_checkpoint(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    keep: Keep,
+    *,
+    calibration: str | os.PathLike | None,
+    length: int = 512,
+    count: int = 64,
+    allocation: str = "uniform",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> FactorizeReport:
+    """Loads a dense causal language model, factorizes it and saves it in the common format.
+
+    Args:
+        source: A directory that `AutoModelForCausalLM` and `AutoTokenizer` load; nothing is downloaded.
+        out: The directory to write, see `families.save`.
+        keep: See `factorize`.
+        calibration: A UTF-8 text file, or None for plain SVD.
+        length: Tokens of a calibration window.
+        count: Windows at the most.
+        allocation: See `factorize`.
+        dtype: Of the model; by default its own.
+        device: Where it is factorized.
+        overwrite: Replace what is in `out`.
+
+    Raises:
+        FactorizeError: the model, its tokenizer or the text cannot be read, or `factorize` says no.
+        CheckpointError: as `families.save` raises it.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise FactorizeError(
+            "transformers is not installed: pip install 'fsvd-compile[transformers]'."
+        ) from error
+    check_free(out, overwrite)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", local_files_only=True
+        ).to(device)
+        tokenizer = None
+        if calibration is not None:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise FactorizeError(f"{source} cannot be loaded: {error}") from error
+    batches = None
+    if calibration is not None:
+        try:
+            text = pathlib.Path(calibration).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FactorizeError(f"calibration: {calibration} cannot be read: {error}") from error
+        batches = windows_of_text(text, tokenizer, length, count)
+    model.eval().requires_grad_(False)
+    report = factorize(model, keep, calibration=batches, allocation=allocation)
+    save(model, out, beside=source, overwrite=overwrite)
+    return report

@@ -1,0 +1,93 @@
+"""`fsvd-compile factorize`: a model directory and a text in, the common format out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fsvd_compile import LowRankLinear, cli
+from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize.checkpoint import windows_of_text
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, "?"])}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    (folder / "text.txt").write_text(" ".join(WORDS[i * i % 60] for i in range(300)))
+    return folder
+
+
+def command(source, out, *more):
+    return cli.main(["factorize", str(source), str(out), "--device", "cpu", *map(str, more)])
+
+
+@pytest.mark.parametrize("allocation", [None, "uniform", "loss"])
+def test_written_and_read(source, tmp_path, capsys, allocation):
+    more = ["--allocation", allocation] if allocation else []
+    text = ["--calibration", source / "text.txt", "--length", 32, "--windows", 5]
+    assert command(source, tmp_path / "out", "--keep", 0.6, *text, *more) == 0
+    assert "factorized" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ranks = {m.rank for m in model.modules() if isinstance(m, LowRankLinear)}
+    assert ranks and (allocation == "uniform" or all(rank % 8 == 0 for rank in ranks))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert command(source, tmp_path / "out", *text) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_plain_svd_needs_no_text(source, tmp_path):
+    assert command(source, tmp_path / "out", "--keep", 0.5, "--dtype", "bfloat16") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "more,says",
+    [
+        (["--keep", "1.5"], "keep=1.5"),
+        (["--calibration", "nowhere.txt"], "cannot be read"),
+        (["--allocation", "loss"], "needs calibration"),
+    ],
+)
+def test_bad_arguments(source, tmp_path, capsys, more, says):
+    assert command(source, tmp_path / "out", *more) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_source(tmp_path, capsys):
+    assert command(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_windows(source):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    text = (source / "text.txt").read_text()
+    windows = windows_of_text(text, tokenizer, 64, 3)
+    assert [w.shape for w in windows] == [(1, 64)] * 3
+    assert len(windows_of_text(text, tokenizer, 64, 99)) == 4
+    with pytest.raises(FactorizeError, match="300 tokens, fewer than one window of 301"):
+        windows_of_text(text, tokenizer, 301, 1)
