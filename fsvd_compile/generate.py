@@ -12,6 +12,8 @@ import collections
 import functools
 import inspect
 import logging
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,10 @@ log = logging.getLogger(__name__)
 
 _MARK = "_fsvd_reaches_compiled"
 _MODES = ("greedy_search", "sample")
+
+# How many calls of `generate` a model is in, from all threads: the last one restores it.
+_running: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def reach_compiled(is_ours: Callable[[Any], bool]) -> None:
@@ -50,13 +56,20 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
 
     @functools.wraps(generate)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = model._compiled_call_impl
-        if before is None:
-            model._compiled_call_impl = compiled.dynamo_ctx(model._call_impl)
+        with _lock:
+            running = _running.get(model, 0)
+            if running or model._compiled_call_impl is None:
+                model._compiled_call_impl = compiled.dynamo_ctx(model._call_impl)
+                _running[model] = running + 1
         try:
             return generate(*args, **kwargs, **_loop_for(model, generate, args, kwargs))
         finally:
-            model._compiled_call_impl = before
+            with _lock:
+                if model in _running:
+                    _running[model] -= 1
+                    if not _running[model]:
+                        del _running[model]
+                        model._compiled_call_impl = None
 
     return wrapped
 
@@ -76,6 +89,10 @@ def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict
     if distributed or "custom_generate" in given or given.get("assistant_model") is not None:
         return {}
     if config.get_generation_mode() not in _MODES or config.cache_implementation == "paged":
+        return {}
+    if (
+        config.stop_strings is not None
+    ):  # needs the tokenizer, which transformers keeps from a callable
         return {}
     # transformers hands a streamer to its own loops only.
     return {"custom_generate": functools.partial(decode_loop, streamer=given.get("streamer"))}
@@ -106,7 +123,8 @@ def decode_loop(
         logits_processor: Called with the tokens so far and fp32 scores `[batch, vocabulary]`.
         stopping_criteria: Called with the tokens so far after every step.
         generation_config: As `generate` prepared it.
-        streamer: Gets the tokens of a step, int64 `[batch]` on the CPU.
+        streamer: Gets the tokens of a step, int64 `[batch]` on the CPU. transformers hands a streamer to its
+            own loops only: give it as `custom_generate=functools.partial(decode_loop, streamer=...)`.
         **model_kwargs: What `generate` prepared for the model: cache, mask, positions.
 
     Returns:

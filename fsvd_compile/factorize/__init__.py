@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,8 +154,10 @@ def _allocated(
         covariance, weight = covariances.get(target.name), weights[target.name]
         if covariance is not None and weight > 0:
             m, n = target.weight.shape
-            values = spectrum(target.weight.to(dtype), covariance)
-            spectra[target.name] = Spectrum(values.cpu(), weight, m, n)
+            with _decomposed(target, dtype):
+                values = spectrum(target.weight.to(dtype), covariance)
+            least = min(MULTIPLE, target.rank)
+            spectra[target.name] = Spectrum(values.cpu(), weight, m, n, least)
             budget += target.rank * (m + n)
     ranks = allocate(spectra, budget, MULTIPLE)
     kept = []
@@ -181,19 +184,26 @@ def _compute(
     for target in tqdm(targets, "factorize", disable=not progress, unit="module"):
         covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
         weight = target.weight.to(dtype)
-        try:
-            with torch.autocast(weight.device.type, enabled=False):
-                u, v, error = best_factors(weight, covariance, target.rank)
-        except torch.linalg.LinAlgError as failure:
-            raise FactorizeError(
-                f"The eigendecomposition for {target.name!r} ({list(weight.shape)}, {dtype}) "
-                f"failed: {failure}. Use dtype=torch.float64, more calibration tokens, or leave "
-                "the module out with select=."
-            ) from failure
+        with _decomposed(target, dtype):
+            u, v, error = best_factors(weight, covariance, target.rank)
         replacements[target.module] = _low_rank(target.module, u, v)
         m, n = weight.shape
         reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
     return replacements, reports
+
+
+@contextlib.contextmanager
+def _decomposed(target: Target, dtype: torch.dtype) -> Iterator[None]:
+    """Around a decomposition of a target's weight; whatever fails in it becomes a FactorizeError."""
+    try:
+        with torch.autocast(target.weight.device.type, enabled=False):
+            yield
+    except torch.linalg.LinAlgError as failure:
+        raise FactorizeError(
+            f"The eigendecomposition for {target.name!r} ({list(target.weight.shape)}, {dtype}) "
+            f"failed: {failure}. Use dtype=torch.float64, more calibration tokens, or leave the "
+            "module out with select=."
+        ) from failure
 
 
 def _low_rank(module: nn.Module, u: torch.Tensor, v: torch.Tensor) -> LowRankLinear:

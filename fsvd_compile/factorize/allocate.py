@@ -17,12 +17,14 @@ class Spectrum(NamedTuple):
         weight: Loss per squared error of an output, see `sensitivity`.
         out_features: m.
         in_features: n.
+        least: The rank it has in any case.
     """
 
     values: torch.Tensor
     weight: float
     out_features: int
     in_features: int
+    least: int
 
 
 def allocate(spectra: Mapping[str, Spectrum], budget: int, multiple: int) -> dict[str, int | None]:
@@ -40,21 +42,21 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, multiple: int) -> dic
         multiple: Ranks are multiples of it (the last block of a module may be shorter).
 
     Returns:
-        Ranks of at least `multiple` (or of all a module has), or None; the sum of their parameters is
-        at most the budget if the smallest ranks fit into it.
+        Ranks of at least `least`, or None; the sum of their parameters is at most the budget if the
+        least ranks fit into it.
     """
     ranks: dict[str, int | None] = {}
     heap: list[tuple[float, str]] = []
     left = budget
     for name, spectrum in spectra.items():
-        ranks[name] = min(multiple, len(spectrum.values))
+        ranks[name] = spectrum.least
         left -= ranks[name] * (spectrum.out_features + spectrum.in_features)
         _offer(heap, name, spectrum, ranks[name], multiple)
     while heap:
         _, name = heapq.heappop(heap)
         spectrum = spectra[name]
         grown, cost, _ = _step(spectrum, ranks[name], multiple)
-        if cost > left:
+        if cost > max(left, 0):
             continue  # a smaller module may still grow
         left -= cost
         ranks[name] = grown
@@ -66,7 +68,7 @@ def allocate(spectra: Mapping[str, Spectrum], budget: int, multiple: int) -> dic
 def _step(spectrum: Spectrum, rank: int, multiple: int) -> tuple[int | None, int, float]:
     """(rank after the next block, or None for dense; its parameters; the loss it saves)."""
     m, n = spectrum.out_features, spectrum.in_features
-    grown = min(rank + multiple, len(spectrum.values))
+    grown = min((rank // multiple + 1) * multiple, len(spectrum.values))
     if grown * (m + n) < m * n:
         saved = spectrum.values[rank:grown].sum().item()
         return grown, (grown - rank) * (m + n), spectrum.weight * saved

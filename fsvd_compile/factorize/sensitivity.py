@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.calibration import arguments
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+# A mean over tokens has gradients that float16 rounds to zero; a power of two changes nothing else.
+_SCALE = 1024.0
 
 
 def sensitivities(
@@ -50,7 +54,7 @@ def sensitivities(
         handle
         for name, module in modules.items()
         for handle in (
-            module.register_forward_pre_hook(_start_graph),
+            module.register_forward_pre_hook(_start_graph, with_kwargs=True),
             module.register_forward_hook(_watch(name, squares, outputs)),
         )
     ]
@@ -66,6 +70,12 @@ def sensitivities(
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
+    broken = [name for name, square in squares.items() if not math.isfinite(square)]
+    if broken:
+        raise FactorizeError(
+            f"allocation='loss': the gradient at {broken[0]!r} (of {len(broken)}) holds NaN or inf; run "
+            "the model in float32 or bfloat16, or leave out the batch that does it."
+        )
     if not any(squares.values()):
         raise FactorizeError(
             "allocation='loss': no gradient reached any of the selected modules; loss= has to return "
@@ -74,16 +84,18 @@ def sensitivities(
     return {name: squares[name] / max(outputs[name], 1) for name in modules}
 
 
-def _start_graph(module: nn.Module, args: tuple) -> tuple | None:
+def _start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The first module of a model reads what nothing has a gradient for: from here on there is one."""
-    if args and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
-        return (args[0].detach().requires_grad_(), *args[1:])
-    return None
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, torch.Tensor) or x.requires_grad:
+        return None
+    x = x.detach().requires_grad_()
+    return ((x, *args[1:]), kwargs) if args else ((), kwargs | {next(iter(kwargs)): x})
 
 
 def _watch(name: str, squares: dict[str, float], outputs: dict[str, int]) -> Callable:
     def seen(grad: torch.Tensor) -> None:
-        squares[name] += grad.detach().double().square().sum().item()
+        squares[name] += (grad.detach().double() / _SCALE).square().sum().item()
         outputs[name] += grad.numel()
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -111,7 +123,7 @@ def _backward(model: nn.Module, batch: Any, loss: Loss, index: int) -> None:
                     f"allocation='loss': the loss of calibration batch {index} is {value.item()}."
                 )
             if value.requires_grad:
-                value.backward()
+                (value * _SCALE).backward()
     except FactorizeError:
         raise
     except Exception as error:

@@ -10,11 +10,11 @@ import torch
 
 from fsvd_compile.errors import CheckpointError
 from fsvd_compile.factorized import LowRankLinear
-from fsvd_compile.families.assemble import Assembly, assemble, dtype_of, is_common, plain_model
+from fsvd_compile.families.assemble import Assembly, assemble, completed, dtype_of, is_common
 from fsvd_compile.families.hub import register
 from fsvd_compile.families.native import check_free, save
 from fsvd_compile.families.report import Inspection
-from fsvd_compile.families.source import read
+from fsvd_compile.families.source import Source, folder_of, read
 
 __all__ = ["Inspection", "check_free", "convert", "inspect", "load", "register", "save"]
 
@@ -31,7 +31,8 @@ def load(
 
     No code of the checkpoint runs: pickles are harvested for tensors, `auto_map` is ignored. Which tensor
     is which factor is decided by shapes. Before the model is returned each factorized module is run on
-    a random input against the factors that were read.
+    a random input against the factors that were read. Tensors are mapped from the file where the format
+    allows, so it must not be overwritten while the model is in use.
 
     Args:
         path: A directory or file; see `families.source.read`.
@@ -46,13 +47,7 @@ def load(
         CheckpointError: the checkpoint cannot be read, is of no known family, or contradicts its config.
     """
     register()
-    source = read(path)
-    if is_common(source):
-        _, model_class = plain_model(source)
-        return model_class.from_pretrained(
-            path, dtype=dtype or "auto", device_map=device_map
-        ).eval()
-    assembly = assemble(source)
+    source, assembly = _assembled(path)
     config = assembly.config
     config.quantization_config = assembly.described()
     dtype = dtype or dtype_of(source, assembly)
@@ -60,11 +55,22 @@ def load(
         model = assembly.model_class.from_pretrained(
             None, config=config, state_dict=assembly.state(), dtype=dtype, device_map=device_map
         )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot build the model: {error}") from error
+        if (source.folder / "generation_config.json").is_file():
+            model.generation_config = type(model.generation_config).from_pretrained(source.folder)
+    except Exception as error:  # models are built by code of many hands
+        raise CheckpointError(
+            f"{path}: transformers cannot build the model: {type(error).__name__}: {error}"
+        ) from error
     _verify(model, assembly)
     log.info("%s", Inspection.of(source, assembly))
     return model.eval()
+
+
+def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
+    source = read(path)
+    if is_common(source):
+        source = completed(source)
+    return source, assemble(source)
 
 
 def inspect(path: str | os.PathLike) -> Inspection:
@@ -73,8 +79,7 @@ def inspect(path: str | os.PathLike) -> Inspection:
     Raises:
         CheckpointError: as for `load`; nothing is built.
     """
-    source = read(path)
-    return Inspection.of(source, assemble(source))
+    return Inspection.of(*_assembled(path))
 
 
 def convert(
@@ -90,7 +95,7 @@ def convert(
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
     check_free(out, overwrite)
-    save(load(path, dtype=dtype), out, overwrite=overwrite, beside=path)
+    save(load(path, dtype=dtype), out, overwrite=overwrite, beside=folder_of(path))
 
 
 @torch.no_grad()

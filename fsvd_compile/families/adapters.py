@@ -161,8 +161,8 @@ def _pairs(
 
 def oriented(
     module: str, a: torch.Tensor, b: torch.Tensor, out_features: int, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U, V) of two factors in whichever order and orientation they were stored.
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(U, V, whether V is `a`) of two factors in whichever order and orientation they were stored.
 
     Of all that multiply to `[out_features, in_features]` the one with the smallest rank is meant; of
     equals, the one that was stored as two `nn.Linear` in the order of the names.
@@ -181,5 +181,5 @@ def oriented(
             f"{module}: factors {list(a.shape)} and {list(b.shape)} do not multiply to the module's "
             f"[{out_features}, {in_features}]; the config or a factor belongs to another model."
         )
-    _, _, _, u, v = min(candidates, key=lambda c: c[:3])
-    return u, v
+    _, _, swapped, u, v = min(candidates, key=lambda c: c[:3])
+    return u, v, not swapped

@@ -21,6 +21,9 @@ _FOREIGN = (
     "auto_map", "quantization_config", "low_rank_modules", "low_rank_schema", "low_rank_format_version",
     "low_rank_method", "low_rank_config", "truncation_ranks", "dobi_target_modules", "rank_dict",
     "svd_ranks", "transformers_version",
+    # How a model runs is the caller's to say; a name of a Hub kernel would be fetched and imported.
+    "attn_implementation", "experts_implementation", "return_dict", "output_attentions",
+    "output_hidden_states",
 )  # fmt: skip
 # Tensors that are computed, not learned, or stand a second time under another name.
 _IDLE = re.compile(
@@ -28,7 +31,7 @@ _IDLE = re.compile(
     r"|(.*\.)?[a-z]+_basis\.\d+\.weight"
 )
 # What wraps a model in some repositories' checkpoints.
-_WRAPPERS = ("wrapped_model.", "module.")
+_WRAPPERS = ("_orig_mod.", "wrapped_model.", "module.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +95,7 @@ def assemble(source: Source) -> Assembly:
             values are not finite, or tensors are missing or left over. Nothing was built.
     """
     config, model_class = plain_model(source)
-    with torch.device("meta"):
-        skeleton = model_class(config)
+    skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
     tensors = _renamed(source.tensors, skeleton, shapes)
     family, pairs = find(source, tensors, shapes)
@@ -113,12 +115,22 @@ def assemble(source: Source) -> Assembly:
     if untied or any(f"{name}.weight" in ties for name in modules):
         # A head that was factorized or changed is no longer the embedding, whatever the config says.
         config.tie_word_embeddings = False
-        with torch.device("meta"):
-            skeleton = model_class(config)
+        skeleton = _skeleton(source, config, model_class)
     used = {key for factors in pairs.values() for key in factors.keys}
     rest = _rest(source, skeleton, modules, {k: t for k, t in tensors.items() if k not in used})
     dense = tuple(name for name in shapes if name not in modules)
     return Assembly(family, config, model_class, modules, rest, dense)
+
+
+def _skeleton(source: Source, config: Any, model_class: type) -> Any:
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # models check their configs in many ways
+        raise CheckpointError(
+            f"{source.path}: {model_class.__name__} cannot be built from the config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def plain_model(source: Source) -> tuple[Any, type]:
@@ -150,8 +162,10 @@ def plain_model(source: Source) -> tuple[Any, type]:
     if named:
         try:
             config = transformers.AutoConfig.for_model(max(named, key=len), **settings)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{source.path}: the config is not valid: {error}") from error
+        except Exception as error:  # configs check themselves in many ways
+            raise CheckpointError(
+                f"{source.path}: the config is not valid: {type(error).__name__}: {error}"
+            ) from error
         model_class = _model_class(transformers, architecture, config)
     if model_class is None:
         raise CheckpointError(
@@ -221,8 +235,7 @@ def _module(
                 f"{key} is {tensor.dtype}: quantized factors (Dobi-SVD's remapping and the like) are "
                 "not read yet; export the checkpoint without quantization."
             )
-    u, v = oriented(name, a, b, *shape)
-    first_is_v = v.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+    u, v, first_is_v = oriented(name, a, b, *shape)
     v_key = factors.first if first_is_v else factors.second
     bias = None
     for key in factors.biases:
@@ -277,16 +290,31 @@ def _rest(
 ) -> dict[str, torch.Tensor]:
     replaced = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
     expected = {k: t for k, t in skeleton.state_dict().items() if k not in replaced}
-    tied = {key for key in skeleton.all_tied_weights_keys if key in expected}
+    computed = {
+        f"{name}.{buffer}".removeprefix(".")
+        for name, module in skeleton.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
+    ties = skeleton.all_tied_weights_keys
+    tied = {key for key in ties if key in expected}
+    for key in tied:  # stored under its second name alone
+        if key in tensors and ties[key] not in tensors:
+            tensors = tensors | {ties[key]: tensors[key]}
     rest = {key: tensor for key, tensor in tensors.items() if key in expected and key not in tied}
     over = [
         key
         for key, tensor in tensors.items()
         if key not in expected
+        and key not in computed
         and not _IDLE.fullmatch(key)
         and not (key in replaced and tensor.numel() == 1)  # a placeholder that LEMS registers
     ]
     missing = [key for key in expected if key not in rest and key not in tied]
+    missing += [
+        f"{name}.bias"
+        for name, module in modules.items()
+        if module.bias is None and skeleton.get_submodule(name).bias is not None
+    ]
     wrong = [key for key, tensor in rest.items() if tensor.shape != expected[key].shape]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
@@ -305,7 +333,7 @@ def _rest(
 def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:
     """The dtype that a checkpoint's config names, else that of most of its parameters."""
     told = source.config.get("dtype") or source.config.get("torch_dtype")
-    told = getattr(torch, str(told).removeprefix("torch."), None)
+    told = getattr(torch, told.removeprefix("torch."), None) if isinstance(told, str) else None
     if isinstance(told, torch.dtype):
         return told
     sizes: Counter[torch.dtype] = Counter()
@@ -313,6 +341,29 @@ def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
     return sizes.most_common(1)[0][0]
+
+
+def completed(source: Source) -> Source:
+    """A checkpoint in the common format with every shared first factor under each of its names.
+
+    Raises:
+        CheckpointError: the config's entry is malformed, or a factor it names is not there.
+    """
+    entries = source.config["quantization_config"].get("modules")
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise CheckpointError(f"{source.path}: the config's modules are no dict of dicts.")
+    tensors = dict(source.tensors)
+    for name, entry in entries.items():
+        if "v" in entry and f"{entry['v']}.v.weight" in tensors:
+            tensors.setdefault(f"{name}.v.weight", tensors[f"{entry['v']}.v.weight"])
+        u, v = (tensors.get(f"{name}.{part}.weight") for part in "uv")
+        ranks = {entry.get("rank")} | {t.shape[d] for t, d in ((u, -1), (v, 0)) if t is not None}
+        if u is None or v is None or len(ranks) != 1:
+            raise CheckpointError(
+                f"{source.path}: the config gives {name!r} rank {entry.get('rank')!r}; its factors are "
+                f"u {None if u is None else list(u.shape)} and v {None if v is None else list(v.shape)}."
+            )
+    return dataclasses.replace(source, tensors=tensors)
 
 
 def is_common(source: Source) -> bool:

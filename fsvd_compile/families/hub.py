@@ -9,12 +9,22 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.families.native import METHOD, NOTE, VERSION, modules_of, state_of, swap_in
+from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families.native import (
+    METHOD,
+    NOTE,
+    VERSION,
+    config_dict,
+    modules_of,
+    state_of,
+    swap_in,
+)
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -50,6 +60,17 @@ class _Registration(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _without_factors(initialize: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Leaves out modules that hold a factorized one: some models reach for its `.weight` there, and
+    what they would initialize is read from the checkpoint."""
+
+    def initialize_others(module: Any) -> None:
+        if not any(isinstance(child, LowRankLinear) for child in module.children()):
+            initialize(module)
+
+    return initialize_others
+
+
 def _register(registry: ModuleType) -> None:
     if METHOD in registry.AUTO_QUANTIZER_MAPPING:
         return
@@ -69,14 +90,23 @@ def _register(registry: ModuleType) -> None:
         ) -> None:
             if version != VERSION or not isinstance(modules, dict) or not modules:
                 raise CheckpointError(
-                    f"config: quantization_config of {METHOD!r} has version={version!r} and "
-                    f"{len(modules or ())} modules; this version of fsvd_compile reads version "
-                    f"{VERSION} with at least one."
+                    f"config: quantization_config of {METHOD!r} has version={version!r} and modules="
+                    f"{str(modules)[:60]}; this version of fsvd_compile reads version {VERSION} with a "
+                    "dict of at least one module."
                 )
             self.quant_method = quant_method
             self.version = version
             self.note = note
             self.modules = modules
+            self._model: weakref.ref | None = None
+
+        def follow(self, model: Any) -> None:
+            """From now on the entry describes what is in the model when it is written."""
+            self._model = weakref.ref(model)
+
+        def to_dict(self) -> dict[str, Any]:
+            model = None if self._model is None else self._model()
+            return config_dict(self.modules if model is None else modules_of(model))
 
     class FlashSVDQuantizer(HfQuantizer):
         """Swaps the factorized modules in; nothing is quantized."""
@@ -86,6 +116,9 @@ def _register(registry: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             modules = self.quantization_config.modules
             swap_in(model, modules)
+            for part in model.modules():
+                if hasattr(type(part), "_init_weights"):
+                    part._init_weights = _without_factors(part._init_weights)
             # Under its second name a shared factor is not missing from the file: it is tied.
             model.all_tied_weights_keys |= {
                 f"{name}.v.weight": f"{entry['v']}.v.weight"
@@ -94,8 +127,11 @@ def _register(registry: ModuleType) -> None:
             }
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            # What is saved later is described by the modules themselves, not by what was read.
-            self.quantization_config.modules = modules_of(model)
+            self.quantization_config.follow(model)
+            for part in model.modules():
+                part.__dict__.pop("_init_weights", None)
+            # transformers would refuse `.half()` and the like; here they are right.
+            model.is_quantized = False
             return model
 
         def get_state_dict_and_metadata(

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,16 +30,23 @@ def modules_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     "v" names the module of which the first factor is shared.
     """
-    owners: dict[int, str] = {}
+    owners: dict[Any, str] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, LowRankLinear):
             continue
         found[name] = {"rank": module.rank, "bias": module.u.bias is not None}
-        owner = owners.setdefault(id(module.v.weight), name)
+        owner = owners.setdefault(_identity(module.v.weight), name)
         if owner != name:
             found[name]["v"] = owner
     return found
+
+
+def _identity(weight: torch.Tensor) -> Any:
+    """Equal for parameters on the same memory, which transformers writes once."""
+    if weight.device.type == "meta" or not weight.numel():
+        return id(weight)
+    return (weight.device, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -57,7 +65,7 @@ def swap_in(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
         CheckpointError: a name is missing from the model, is no linear module, or an entry is malformed.
     """
     for name, entry in modules.items():
-        rank, bias = entry.get("rank"), entry.get("bias", False)
+        rank = entry.get("rank") if isinstance(entry, dict) else entry
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise CheckpointError(
                 f"config: module {name!r} has rank {rank!r}; it takes an int >= 1."
@@ -67,24 +75,26 @@ def swap_in(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
             old = model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(
-                f"config: {type(model).__name__} has no module {name!r}; the config names another model."
+                f"config: {type(model).__name__} has no module {name!r}; the checkpoint was saved from "
+                "another class, which its README.md names."
             ) from None
         out_features, in_features = linear_shape(old, name)
-        weight = old.weight
+        weight, bias = old.weight, bool(entry.get("bias", False))
         made = LowRankLinear(
             in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
         )
-        if "v" in entry:
-            made.v = _owner(model, name, entry["v"], made).v
         setattr(model.get_submodule(parent), child, made)
+    # Not before all are there: a config may name a module before the owner of its first factor.
+    for name, entry in modules.items():
+        if "v" in entry:
+            model.get_submodule(name).v = _owner(model, name, entry["v"]).v
 
 
-def _owner(model: nn.Module, name: str, owner: str, made: LowRankLinear) -> LowRankLinear:
-    found = dict(model.named_modules()).get(owner)
+def _owner(model: nn.Module, name: str, owner: str) -> LowRankLinear:
+    made, found = model.get_submodule(name), dict(model.named_modules()).get(owner)
     if not isinstance(found, LowRankLinear):
         raise CheckpointError(
-            f"config: {name!r} shares the first factor of {owner!r}, which is not a factorized "
-            "module named before it."
+            f"config: {name!r} shares the first factor of {owner!r}, which is no factorized module."
         )
     if (found.rank, found.in_features) != (made.rank, made.in_features):
         raise CheckpointError(
@@ -138,7 +148,7 @@ def save(
         CheckpointError: nothing is factorized, the model is no transformers model, the directory is in
             use, or the disk is full.
     """
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).resolve()
     model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise CheckpointError(
@@ -150,9 +160,13 @@ def save(
             "save: the model has no LowRankLinear; use its save_pretrained, or factorize it first."
         )
     check_free(out, overwrite)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     try:
-        draft.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"save: {out} could not be written: {error}") from error
+    try:
+        draft.chmod(0o755)
         with _described(model, modules):
             model.save_pretrained(draft, state_dict=state_of(model))
         for name in _BESIDE if beside is not None else ():
@@ -161,13 +175,27 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         (draft / "README.md").write_text(_card(model, modules))
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        draft.rename(out)
-    except OSError as error:
+        _put(draft, out)
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"save: {out} could not be written: {error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put(draft: pathlib.Path, out: pathlib.Path) -> None:
+    """The finished draft under its name; what had the name goes only when the draft is there."""
+    aside = draft.with_name(f"{draft.name}.replaced")
+    there = out.exists()
+    if there:
+        out.rename(aside)
+    try:
+        draft.rename(out)
+    except BaseException:
+        if there:
+            aside.rename(out)
+        raise
+    if there:
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
 
 
 def check_free(out: str | os.PathLike, overwrite: bool) -> None:
@@ -200,7 +228,6 @@ def _card(model: Any, modules: dict[str, dict[str, Any]]) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     ranks = [entry["rank"] for entry in modules.values()]
     name = type(model).__name__
-    auto = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModel"
     return f"""---
 library_name: transformers
 tags: [fsvd_compile, svd, low-rank]
@@ -212,8 +239,8 @@ tags: [fsvd_compile, svd, low-rank]
 
 ```python
 import fsvd_compile  # first: transformers alone does not know the factors and leaves them random
-from transformers import {auto}
+from transformers import {name}
 
-model = {auto}.from_pretrained("this directory")
+model = {name}.from_pretrained("this directory")
 ```
 """

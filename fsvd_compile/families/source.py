@@ -40,8 +40,13 @@ class Source:
     @property
     def architecture(self) -> str | None:
         """The class name of the whole model, as far as the checkpoint tells."""
-        named = self.config.get("architectures") or []
-        return named[0] if named else None
+        named = self.config.get("architectures")
+        first = named[0] if isinstance(named, list) and named else None
+        return first if isinstance(first, str) else None
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return folder_of(self.path)
 
 
 def read(path: str | os.PathLike) -> Source:
@@ -74,6 +79,12 @@ def read(path: str | os.PathLike) -> Source:
                 raise CheckpointError(f"{path}: {name} stands in more than one weight file.")
             tensors[name] = tensor
     return Source(path, config, tensors, files)
+
+
+def folder_of(path: str | os.PathLike) -> pathlib.Path:
+    """A checkpoint's directory; for a single file the one it lies in."""
+    path = pathlib.Path(path)
+    return path if path.is_dir() else path.parent
 
 
 def _with_class(
@@ -122,11 +133,11 @@ def _weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
 def _shards(index: pathlib.Path) -> tuple[pathlib.Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of shards: {error!r}") from error
-    if any(pathlib.PurePath(name).name != name for name in names):
-        raise CheckpointError(f"{index} names files outside its folder.")
+    if not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
+        raise CheckpointError(f"{index} names files outside its folder, or none.")
     files = tuple(index.parent / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -38,7 +38,7 @@ def lost(ranks, spectra):
 
 def test_nothing_under_the_budget_loses_less():
     """Against every combination, for equal costs a direction and far from break-even: greedy is then exact."""
-    spectra = {name: Spectrum(falling(i, 6), 1.0 + i, 40, 40) for i, name in enumerate("abc")}
+    spectra = {name: Spectrum(falling(i, 6), 1.0 + i, 40, 40, 1) for i, name in enumerate("abc")}
     budget = 9 * 80
     ranks = allocate(spectra, budget, 1)
     assert spent(ranks, spectra) <= budget
@@ -50,9 +50,9 @@ def test_nothing_under_the_budget_loses_less():
 def test_modules_that_matter_get_more_and_become_dense():
     values = falling(0, 32)
     spectra = {
-        "much": Spectrum(values, 100.0, 32, 32),
-        "some": Spectrum(values, 1.0, 32, 32),
-        "none": Spectrum(values, 1e-9, 32, 32),
+        "much": Spectrum(values, 100.0, 32, 32, 4),
+        "some": Spectrum(values, 1.0, 32, 32, 4),
+        "none": Spectrum(values, 1e-9, 32, 32, 4),
     }
     ranks = allocate(spectra, int(0.6 * 3 * 32 * 32), 4)
     assert ranks["much"] is None
@@ -62,8 +62,11 @@ def test_modules_that_matter_get_more_and_become_dense():
 
 
 def test_smallest_and_largest_budgets():
-    spectra = {"a": Spectrum(falling(0, 5), 1.0, 5, 40), "b": Spectrum(falling(1, 30), 1.0, 30, 30)}
-    assert allocate(spectra, 0, 8) == {"a": 5, "b": 8}
+    spectra = {
+        "a": Spectrum(falling(0, 5), 1.0, 5, 40, 2),
+        "b": Spectrum(falling(1, 30), 1.0, 30, 30, 8),
+    }
+    assert allocate(spectra, 0, 8) == {"a": 2, "b": 8}
     assert allocate(spectra, 10**6, 8)["b"] is None
 
 

@@ -1,0 +1,199 @@
+"""The common format: what is damaged is found, what is shared stays shared, what was there stays there."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import checkpoints
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import fsvd_compile
+from fsvd_compile import LowRankLinear, factorize, families
+from fsvd_compile.errors import CheckpointError
+
+
+def llama(layers=2, **more):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=88, num_hidden_layers=layers, num_attention_heads=4, **more
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def output(model):
+    out = model(torch.arange(1, 19).view(2, 9))
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = llama()
+    factorize(model, 0.5, progress=False)
+    fsvd_compile.save(model, tmp_path / "out")
+    return model, tmp_path / "out"
+
+
+def edit_weights(folder, edit):
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, edit):
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def nan(state):
+    state[f"{DOWN}.u.weight"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "edit,says",
+    [
+        (lambda s: s.pop(f"{DOWN}.u.weight"), "its factors are u None"),
+        (lambda s: s.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+        (nan, "NaN or inf"),
+        (lambda s: s.update({f"{DOWN}.u.weight": s[f"{DOWN}.u.weight"][:, :-1].clone()}), "rank"),
+    ],
+)
+def test_damaged_weights_are_found(saved, edit, says):
+    _, folder = saved
+    edit_weights(folder, edit)
+    with pytest.raises(CheckpointError, match=says):
+        families.load(folder)
+
+
+def entry(config):
+    return config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    "edit,says",
+    [
+        (lambda c: entry(c)["modules"].pop(DOWN), "missing"),
+        (lambda c: entry(c)["modules"][DOWN].update(rank=5), "rank 5"),
+        (lambda c: entry(c).update(modules=3), "no dict of dicts"),
+        (lambda c: c.update(hidden_act="nonesuch"), "nonesuch"),
+        (lambda c: c.update(num_attention_heads=0), "config"),
+        (lambda c: c.update(architectures=5), "name no model"),
+    ],
+)
+def test_damaged_configs_are_found(saved, edit, says):
+    model, folder = saved
+    edit_config(folder, edit)
+    if says == "missing":  # a module that the config forgets is found by its factors
+        assert torch.equal(output(families.load(folder)), output(model))
+        return
+    with pytest.raises(CheckpointError, match=says):
+        families.load(folder)
+
+
+def test_a_config_cannot_ask_for_foreign_kernels(saved, monkeypatch):
+    _, folder = saved
+    edit_config(folder, lambda c: c.update(attn_implementation="evil/kernel"))
+    assert families.load(folder).config._attn_implementation == "sdpa"
+
+
+def test_first_factors_on_one_memory_and_owners_in_any_order(tmp_path):
+    """Written once whatever the sorted order of names ("layers.10" before "layers.9"), and shared again."""
+    model = llama(layers=12)
+    v = torch.randn(6, 48)
+    layers = model.model.layers
+    for i in (9, 10, 11):
+        layers[i].self_attn.q_proj = LowRankLinear.from_factors(torch.randn(48, 6), v)
+    layers[0].self_attn.q_proj = LowRankLinear.from_factors(torch.randn(48, 6), torch.randn(6, 48))
+    layers[0].self_attn.k_proj = LowRankLinear.from_factors(
+        torch.randn(48, 6), layers[0].self_attn.q_proj.v.weight
+    )
+    fsvd_compile.save(model, tmp_path / "out")
+    for read in (families.load(tmp_path / "out"), type(model).from_pretrained(tmp_path / "out")):
+        assert torch.equal(output(read), output(model))
+        owners = {id(read.model.layers[i].self_attn.q_proj.v.weight) for i in (9, 10, 11)}
+        assert len(owners) == 1
+
+
+def test_factorized_further_and_saved_by_transformers(tmp_path):
+    dense = llama()
+    factorize(dense, 0.5, select=["*.mlp.*"], progress=False)
+    fsvd_compile.save(dense, tmp_path / "mlp")
+    model = type(dense).from_pretrained(tmp_path / "mlp")
+    factorize(model, 0.5, select=["*.self_attn.*"], progress=False)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(type(dense).from_pretrained(tmp_path / "again")), output(model))
+    assert model.half().dtype == torch.float16
+
+
+def test_gpt2_whose_initialisation_reads_weights(tmp_path):
+    config = transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    factorize(model, 0.5, progress=False)
+    fsvd_compile.save(model, tmp_path / "out")
+    for read in (families.load(tmp_path / "out"), type(model).from_pretrained(tmp_path / "out")):
+        assert torch.equal(output(read), output(model))
+        assert "_init_weights" not in read.transformer.__dict__
+    assert "GPT2LMHeadModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_generation_settings_and_tied_heads(tmp_path):
+    made = checkpoints.GENERATORS["ablinear-llama-sharded-tied"](tmp_path)
+    folder = pathlib.Path(made.path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9], "do_sample": true}')
+    model = families.load(folder)
+    assert model.generation_config.eos_token_id == [7, 9] and model.generation_config.do_sample
+    families.convert(folder, tmp_path / "out")
+    assert families.load(tmp_path / "out").generation_config.eos_token_id == [7, 9]
+
+
+def test_a_bias_that_is_missing_is_named(tmp_path):
+    made = checkpoints.GENERATORS["asvd-opt"](tmp_path)
+    folder = pathlib.Path(made.path)
+    (file,) = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+    key = next(k for k in state if k.endswith("ALinear.bias"))
+    del state[key]
+    save_file({k: t.clone() for k, t in state.items()}, folder / "model.safetensors")
+    if file.suffix == ".bin":
+        file.unlink()
+    with pytest.raises(CheckpointError, match=key.replace("ALinear.", "").replace(".", r"\.")):
+        families.load(folder)
+
+
+def test_what_torch_compile_wrapped(tmp_path):
+    made = checkpoints.GENERATORS["ablinear-llama"](tmp_path / "in")
+    (file,) = pathlib.Path(made.path).glob("*.safetensors")
+    state = {f"_orig_mod.{k}": t for k, t in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    loaded = families.load(made.path, dtype=torch.float32)
+    torch.testing.assert_close(output(loaded), output(made.reference), rtol=1e-4, atol=1e-4)
+
+
+def test_the_old_directory_stays_until_the_new_one_is_there(saved, monkeypatch):
+    model, folder = saved
+    before = sorted(f.name for f in folder.iterdir())
+    plain = pathlib.Path.rename
+
+    def fails(self, target):
+        if pathlib.Path(target) == folder and not self.name.endswith(".replaced"):
+            raise OSError("no such luck")
+        return plain(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails)
+    with pytest.raises(CheckpointError, match="no such luck"):
+        fsvd_compile.save(model, folder, overwrite=True)
+    assert sorted(f.name for f in folder.iterdir()) == before
+    monkeypatch.undo()
+    shutil.rmtree(folder / "nothing", ignore_errors=True)
+    fsvd_compile.save(model, folder, overwrite=True)
+    assert sorted(f.name for f in folder.iterdir()) == before
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
