@@ -65,22 +65,29 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     summary = "read a checkpoint of an SVD family and write it in the common format"
     parser = commands.add_parser("convert", help=summary, description=summary)
     parser.add_argument("source", help="a directory, or one weight file")
+    _add_out(parser)
+    parser.set_defaults(run=_convert)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that writes a model directory."""
     parser.add_argument("out", help="the directory to write, which must not exist or be empty")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of all parameters (default: what the checkpoint's config names)",
+        help="of all parameters (default: the model's own)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.set_defaults(run=_convert)
 
 
 def _convert(args: argparse.Namespace) -> int:
-    print(families.inspect(args.source))
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    families.convert(args.source, args.out, dtype=dtype, overwrite=args.overwrite)
+    print(families.convert(args.source, args.out, dtype=_dtype(args), overwrite=args.overwrite))
     print(f"written to {args.out}; load it after `import fsvd_compile`")
     return 0
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return None if args.dtype is None else getattr(torch, args.dtype)
 
 
 def _add_factorize(commands: argparse._SubParsersAction) -> None:
@@ -88,7 +95,7 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("factorize", help=summary, description=summary)
     add = parser.add_argument
     add("model", help="a directory that AutoModelForCausalLM loads")
-    add("out", help="the directory to write, which must not exist or be empty")
+    _add_out(parser)
     add(
         "--keep", type=float, default=0.5, help="share of parameters of all linear layers but the "
         "head, in (0, 1] (default %(default)s)",
@@ -100,13 +107,11 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
         "--allocation", choices=("uniform", "loss"), help="one share for every layer, or ranks where "
         "they save the most loss (default: loss with calibration)",
     )  # fmt: skip
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's own")
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default %(default)s)",
     )
-    add("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=_factorize)
 
 
@@ -119,7 +124,7 @@ def _factorize(args: argparse.Namespace) -> int:
         length=args.length,
         count=args.windows,
         allocation=args.allocation or ("loss" if args.calibration else "uniform"),
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        dtype=_dtype(args),
         device=args.device,
         overwrite=args.overwrite,
     )

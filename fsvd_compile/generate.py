@@ -174,7 +174,7 @@ def decode_loop(
                 **model_kwargs,
             )
             outputs = forward(**inputs, return_dict=True)
-    results.drain()
+    results.finished_before()  # the streamer gets what is still coming
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -221,6 +221,3 @@ class _Results:
                 self.streamer.put(tokens)
             finished = bool(flag)
         return finished
-
-    def drain(self) -> None:
-        self.finished_before()

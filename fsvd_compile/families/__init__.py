@@ -14,7 +14,7 @@ from fsvd_compile.families.assemble import Assembly, assemble, completed, dtype_
 from fsvd_compile.families.hub import register
 from fsvd_compile.families.native import check_free, save
 from fsvd_compile.families.report import Inspection
-from fsvd_compile.families.source import Source, folder_of, read
+from fsvd_compile.families.source import Source, read
 
 __all__ = ["Inspection", "check_free", "convert", "inspect", "load", "register", "save"]
 
@@ -46,24 +46,7 @@ def load(
     Raises:
         CheckpointError: the checkpoint cannot be read, is of no known family, or contradicts its config.
     """
-    register()
-    source, assembly = _assembled(path)
-    config = assembly.config
-    config.quantization_config = assembly.described()
-    dtype = dtype or dtype_of(source, assembly)
-    try:
-        model = assembly.model_class.from_pretrained(
-            None, config=config, state_dict=assembly.state(), dtype=dtype, device_map=device_map
-        )
-        if (source.folder / "generation_config.json").is_file():
-            model.generation_config = type(model.generation_config).from_pretrained(source.folder)
-    except Exception as error:  # models are built by code of many hands
-        raise CheckpointError(
-            f"{path}: transformers cannot build the model: {type(error).__name__}: {error}"
-        ) from error
-    _verify(model, assembly)
-    log.info("%s", Inspection.of(source, assembly))
-    return model.eval()
+    return _built(*_assembled(path), dtype, device_map)
 
 
 def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
@@ -71,6 +54,27 @@ def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
     if is_common(source):
         source = completed(source)
     return source, assemble(source)
+
+
+def _built(source: Source, assembly: Assembly, dtype: torch.dtype | None, device_map: Any) -> Any:
+    register()
+    config = assembly.config
+    config.quantization_config = assembly.described()
+    dtype = dtype or dtype_of(source, assembly)
+    try:
+        model = assembly.model_class.from_pretrained(
+            None, config=config, state_dict=dict(assembly.state), dtype=dtype, device_map=device_map
+        )
+        if (source.folder / "generation_config.json").is_file():
+            model.generation_config = type(model.generation_config).from_pretrained(source.folder)
+    except Exception as error:  # models are built by code of many hands
+        raise CheckpointError(
+            f"{source.path}: transformers cannot build the model: {type(error).__name__}: {error}"
+        ) from error
+    _verify(model, assembly)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", Inspection.of(source, assembly))
+    return model.eval()
 
 
 def inspect(path: str | os.PathLike) -> Inspection:
@@ -88,14 +92,19 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Inspection:
     """`load`, then `save`; a tokenizer and generation settings that lie beside the weights go along.
+
+    Returns:
+        What was in the checkpoint.
 
     Raises:
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
     check_free(out, overwrite)
-    save(load(path, dtype=dtype), out, overwrite=overwrite, beside=folder_of(path))
+    source, assembly = _assembled(path)
+    save(_built(source, assembly, dtype, None), out, overwrite=overwrite, beside=source.folder)
+    return Inspection.of(source, assembly)
 
 
 @torch.no_grad()

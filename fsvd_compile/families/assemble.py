@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import nn
 from fsvd_compile.errors import CheckpointError
 from fsvd_compile.families.adapters import FAMILIES, Factors, Family, find, oriented
 from fsvd_compile.families.native import METHOD, config_dict, linear_shape
-from fsvd_compile.families.source import Source, same_memory
+from fsvd_compile.families.source import Source, memory
 
 # Entries of a config that describe a family's own storage, or code that is not run.
 _FOREIGN = (
@@ -65,6 +66,7 @@ class Assembly:
     rest: dict[str, torch.Tensor]
     dense: tuple[str, ...]
 
+    @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
         """The state dict of the factorized model; a shared `v` stands once."""
         state = dict(self.rest)
@@ -282,7 +284,7 @@ def _with_owners(modules: Mapping[str, Module], family: Family) -> dict[str, Mod
 def _shared(a: torch.Tensor, b: torch.Tensor, by_value: bool) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return same_memory((a, b)) or (by_value and torch.equal(a, b))
+    return memory(a) == memory(b) or (by_value and torch.equal(a, b))
 
 
 def _rest(
@@ -337,7 +339,7 @@ def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:
     if isinstance(told, torch.dtype):
         return told
     sizes: Counter[torch.dtype] = Counter()
-    for tensor in assembly.state().values():
+    for tensor in assembly.state.values():
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
     return sizes.most_common(1)[0][0]

@@ -19,6 +19,7 @@ from torch import nn
 
 from fsvd_compile.errors import CheckpointError
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families.source import memory
 
 METHOD = "flashsvd"
 VERSION = 1
@@ -36,17 +37,10 @@ def modules_of(model: nn.Module) -> dict[str, dict[str, Any]]:
         if not isinstance(module, LowRankLinear):
             continue
         found[name] = {"rank": module.rank, "bias": module.u.bias is not None}
-        owner = owners.setdefault(_identity(module.v.weight), name)
+        owner = owners.setdefault(memory(module.v.weight), name)
         if owner != name:
             found[name]["v"] = owner
     return found
-
-
-def _identity(weight: torch.Tensor) -> Any:
-    """Equal for parameters on the same memory, which transformers writes once."""
-    if weight.device.type == "meta" or not weight.numel():
-        return id(weight)
-    return (weight.device, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

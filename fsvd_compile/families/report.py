@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from fsvd_compile.table import aligned, folded, pattern, span
@@ -65,7 +66,7 @@ class Inspection:
             )
             for name, module in assembly.modules.items()
         )
-        state = assembly.state().values()
+        state = assembly.state.values()
         dense = sum(row.out_features * (row.in_features + row.bias) for row in rows)
         return cls(
             source.path,
@@ -92,14 +93,7 @@ class Inspection:
             columns = [span([getattr(row, field) for row in group]) for field in fields]
             cells.append((name, str(len(group)), *columns, str(sum(row.shared for row in group))))
         lines += aligned(cells)
-        lines += [f"dense: {name} (x{n})" for name, n in _counted(self.dense).items()]
+        lines += [f"dense: {name} (x{n})" for name, n in Counter(map(pattern, self.dense)).items()]
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def _counted(names: tuple[str, ...]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[pattern(name)] = counts.get(pattern(name), 0) + 1
-    return counts

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import pickle
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,7 +45,8 @@ class Source:
 
     @property
     def folder(self) -> pathlib.Path:
-        return folder_of(self.path)
+        """The checkpoint's directory; for a single file the one it lies in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 def read(path: str | os.PathLike) -> Source:
@@ -79,12 +79,6 @@ def read(path: str | os.PathLike) -> Source:
                 raise CheckpointError(f"{path}: {name} stands in more than one weight file.")
             tensors[name] = tensor
     return Source(path, config, tensors, files)
-
-
-def folder_of(path: str | os.PathLike) -> pathlib.Path:
-    """A checkpoint's directory; for a single file the one it lies in."""
-    path = pathlib.Path(path)
-    return path if path.is_dir() else path.parent
 
 
 def _with_class(
@@ -170,6 +164,8 @@ def _only_tensors(file: pathlib.Path, state: object) -> dict[str, torch.Tensor]:
     return state
 
 
-def same_memory(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether tensors are one view of one storage."""
-    return len({(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors}) == 1
+def memory(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are one view of one storage, which ties them as much as being one object."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)

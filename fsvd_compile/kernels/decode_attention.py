@@ -373,8 +373,8 @@ def decode_attention_triton(
 
     Programs over KV split, KV head and sequence. A program copies K and V two blocks ahead, as far as
     `position` says the cache is filled; what the mask shows beyond that is read late (hidden rows of a
-    block that is read must be finite, as in eager). The products run on tensor cores, with rows of zeros
-    or repeated heads where a KV head has few query heads; q is rounded to its dtype after RoPE, as in
+    block that is read must be finite, as in eager). The products run on tensor cores, where rows of the
+    tile that have no query head repeat the first; q is rounded to its dtype after RoPE, as in
     eager. Scores and softmax are fp32.
 
     Args:

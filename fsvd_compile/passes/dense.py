@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch.fx import Graph, Node
 
+from fsvd_compile.kernels._triton import TRITON_DTYPES
 from fsvd_compile.passes.epilogue import activation_of
 from fsvd_compile.passes.graph import is_plain, is_static, read_ahead, shape, tokens, val
 from fsvd_compile.passes.lowrank import dense_siblings, is_bias, replace_siblings, siblings_guard
@@ -20,7 +20,6 @@ from fsvd_compile.passes.rewrite import Context, Rewrite
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import Phase, phase_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ALIGNED = 16  # bytes: a load of the kernels
 
 
@@ -46,7 +45,7 @@ def _linear_guard(match: Match, context: Context) -> str | None:
     if not is_bias(bias, weight):
         return f"bias of shape {shape(bias)} is broadcast along rows"
     value = val(weight)
-    if value.dtype != val(x).dtype or value.dtype not in _DTYPES:
+    if value.dtype != val(x).dtype or value.dtype not in TRITON_DTYPES:
         return f"{value.dtype} times {val(x).dtype}"
     if value.stride(1) != 1 or any(
         size * value.element_size() % _ALIGNED for size in (value.shape[1], value.stride(0))
