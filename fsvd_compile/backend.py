@@ -15,7 +15,7 @@ from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from fsvd_compile import generate
+from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten
@@ -70,8 +70,9 @@ def flashsvd(
 
 
 def reset() -> None:
-    """Free every captured CUDA graph; `torch._dynamo.reset()` calls this."""
+    """Free every captured CUDA graph and kept KV cache; `torch._dynamo.reset()` calls this."""
     _pool.reset()
+    kept_cache.forget()
     _warned.clear()
 
 
@@ -254,7 +255,9 @@ def _dynamic(gm: GraphModule) -> str | None:
 
 def _describe(graph: torch.fx.Graph, report: GraphReport) -> None:
     ops = [n for n in graph.nodes if name_of(n) or kind_of(n) == "linear"]
-    rows = next((tokens(n) for n in ops if tokens(n) is not None), None)
+    # The first: the head behind a prompt takes one token, however many the others take.
+    first = next((n for n in ops if val(n) is not None), None)
+    rows = None if first is None else tokens(first)
     report.tokens = rows
     report.phase = phase_of(rows).value if rows is not None else "any"
     report.linears = [n.name for n in graph.nodes if kind_of(n) == "linear"]

@@ -20,10 +20,15 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
+from fsvd_compile import kept_cache
+
 log = logging.getLogger(__name__)
 
 _MARK = "_fsvd_reaches_compiled"
 _MODES = ("greedy_search", "sample")
+# Graphs of one model: two for each batch size and length of the KV cache. Dynamo's limit of 8 is reached by four,
+# and everything after it runs uncompiled; transformers raises it to 64 for chunked prompts, too.
+MOST_GRAPHS = 64
 
 # How many calls of `generate` a model is in, from all threads: the last one restores it.
 _running: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -61,8 +66,10 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
             if running or model._compiled_call_impl is None:
                 model._compiled_call_impl = compiled.dynamo_ctx(model._call_impl)
                 _running[model] = running + 1
+        limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         try:
-            return generate(*args, **kwargs, **_loop_for(model, generate, args, kwargs))
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                return generate(*args, **kwargs, **_loop_for(model, generate, args, kwargs))
         finally:
             with _lock:
                 if model in _running:
@@ -113,9 +120,10 @@ def decode_loop(
     the next step: 1.8 ms of Python in which a GPU idles. Here the next step is launched first and the answer
     read while it runs. Tokens, processors, criteria and random numbers are those of transformers' loop, in its
     order; what differs is one forward call too many when a sequence ends before its greatest length, whose
-    result is dropped, and that a streamer gets each token a step later. Calls that get the KV cache back (a
-    cache of their own, or `return_dict_in_generate`) and encoder-decoder models run transformers' loop, as
-    the call too many would show there; that is logged.
+    result is dropped, and that a streamer gets each token a step later. The KV cache is one of `kept_cache` where
+    transformers made a static one and, for a compiled model on a GPU, also where nobody asked for a kind of cache.
+    Calls that get the KV cache back (a cache of their own, or `return_dict_in_generate`) and encoder-decoder models
+    run transformers' loop, as the call too many would show there; that is logged.
 
     Args:
         model: A transformers model; what `generate` runs is its `__call__`.
@@ -141,12 +149,18 @@ def decode_loop(
             streamer=streamer,
             **model_kwargs,
         )
-    automatic = model._valid_auto_compile_criteria(model_kwargs, config)
+    limit = stopping_criteria.max_length
+    compiled = model._compiled_call_impl is not None
+    if (given := model_kwargs.get("past_key_values")) is not None:
+        free = compiled and config.cache_implementation is None
+        model_kwargs["past_key_values"] = kept_cache.take(
+            model, given, len(input_ids), limit, dynamic=free
+        )
+    automatic = not compiled and model._valid_auto_compile_criteria(model_kwargs, config)
     forward = model.get_compiled_call(config.compile_config) if automatic else model.__call__
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = config._pad_token_tensor.to(input_ids.device) if ends else None
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    limit = stopping_criteria.max_length
     results = _Results(input_ids.device, streamer)
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
@@ -175,6 +189,7 @@ def decode_loop(
             )
             outputs = forward(**inputs, return_dict=True)
     results.finished_before()  # the streamer gets what is still coming
+    kept_cache.keep(model, model_kwargs.get("past_key_values"))
     if streamer is not None:
         streamer.end()
     return input_ids

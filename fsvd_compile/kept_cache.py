@@ -1,0 +1,159 @@
+"""KV caches for `decode_loop` that compiled and captured graphs fit: of fixed length, and used again.
+
+transformers makes a new cache for every `generate`. A new one has new addresses, so that everything is captured
+again (200 ms for 32 layers on an H200); one of another length makes Dynamo's second graph symbolic, which is neither
+fused nor captured; and a dynamic one, the default, is symbolic from its first step. The caches here have lengths
+from a short list, which Dynamo takes for constants, and a model's last one waits for its next `generate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# Positions; each length compiles once, an empty position costs memory and is never read.
+SHORTEST = 1024
+# Above this one, lengths are its multiples instead of doubling.
+COARSEST = 4096
+
+_lock = threading.Lock()
+_kept: weakref.WeakKeyDictionary[Any, tuple[_Layout, Any]] = weakref.WeakKeyDictionary()
+
+
+class _Layout(NamedTuple):
+    """What two caches must share to stand for each other."""
+
+    batch: int
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+    stream: int  # memory is only safe to use again on the stream that used it
+
+
+def rounded(length: int) -> int:
+    """The cache length, in positions, for a text of at most `length` tokens."""
+    if length > COARSEST:
+        return -(-length // COARSEST) * COARSEST
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def take(model: Any, given: Any, batch: int, length: int | None, dynamic: bool = False) -> Any:
+    """The cache to generate with: the model's kept one, a new one like it, or `given` where neither fits.
+
+    Args:
+        model: A transformers model.
+        given: The cache transformers made for this call; nothing was written to it yet.
+        batch: Sequences.
+        length: The most tokens of a sequence, or `None` where nobody knows.
+        dynamic: Whether a dynamic cache may become a static one: on a GPU, if the model compiles as a whole
+            and the static one takes at most half of the free memory.
+
+    Returns:
+        `given`, or a static cache of at least `length` positions, zeroed, at home on the current stream.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+    layers = getattr(given, "layers", ())
+    kinds = {StaticCache: StaticLayer} | ({DynamicCache: DynamicLayer} if dynamic else {})
+    kind = kinds.get(type(given))
+    plain = kind and layers and all(type(layer) is kind for layer in layers)
+    if not plain or given.offloading or any(layer.is_initialized for layer in layers):
+        return given
+    dtype, shape = _one_dtype(model), model._get_static_cache_init_shape()
+    if dtype is None or shape is None or torch.is_autocast_enabled(model.device.type):
+        return given
+    if kind is StaticLayer:
+        length = layers[0].max_cache_len
+    elif length is None or not _static_pays(model):
+        return given
+    device = model.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    layout = _Layout(batch, rounded(length), dtype, device, stream)
+    with _lock:
+        kept_layout, cache = _kept.pop(model, (None, None))
+    if kept_layout == layout:
+        cache.reset()
+        return cache
+    del cache  # before the next one needs the memory
+    if kind is DynamicLayer and not _fits(layout, *shape, layers=len(layers)):
+        log.warning(
+            "generate keeps the dynamic KV cache, whose graphs are not captured: a static one of %d positions would "
+            "take more than half of the free memory. A smaller max_new_tokens makes it fit.",
+            layout.length,
+        )
+        return given
+    return _made(model, layout, *shape)
+
+
+def keep(model: Any, cache: Any) -> None:
+    """Lets the model's next `take` have the cache, if `take` made it. Nobody may use it any more."""
+    layout = getattr(cache, "_fsvd_layout", None)
+    if layout is not None:
+        with _lock:
+            _kept[model] = layout, cache
+
+
+def forget() -> None:
+    """Frees all caches that wait."""
+    with _lock:
+        _kept.clear()
+
+
+def _one_dtype(model: Any) -> torch.dtype | None:
+    """That of all floating-point parameters; of mixed ones nobody knows what keys and values will have."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _static_pays(model: Any) -> bool:
+    """Whether a static cache is captured and works as a dynamic one does."""
+    attends = model.config.get_text_config(decoder=True)._attn_implementation in ("sdpa", "eager")
+    return model.device.type == "cuda" and model._can_compile_fullgraph and attends
+
+
+def _fits(layout: _Layout, heads: int | list[int], size: int | list[int], layers: int) -> bool:
+    each = [x if isinstance(x, list) else [x] * layers for x in (heads, size)]
+    elements = sum(h * d for h, d in zip(*each, strict=True)) * layout.batch * layout.length
+    free = torch.cuda.mem_get_info(layout.device)[0]
+    free += torch.cuda.memory_reserved(layout.device) - torch.cuda.memory_allocated(layout.device)
+    return 2 * elements * layout.dtype.itemsize <= free // 2
+
+
+# Not in inference mode: a tensor made there cannot be written outside of it.
+@torch.inference_mode(False)
+def _made(model: Any, layout: _Layout, heads: int | list[int], size: int | list[int]) -> Any:
+    from transformers.cache_utils import StaticCache
+
+    cache = StaticCache(model.config.get_text_config(decoder=True), max_cache_len=layout.length)
+    cache.early_initialization(
+        batch_size=layout.batch, num_heads=heads, head_dim=size, dtype=layout.dtype,
+        device=layout.device,
+    )  # fmt: skip
+    for layer in cache.layers:
+        del layer.max_cache_len
+        layer.__class__ = _fixed_layer()
+        torch._dynamo.mark_static(layer.keys)
+        torch._dynamo.mark_static(layer.values)
+    cache._fsvd_layout = layout
+    return cache
+
+
+@functools.cache
+def _fixed_layer() -> type:
+    from transformers.cache_utils import StaticLayer
+
+    class FixedLayer(StaticLayer):
+        """Its length is that of its tensors: Dynamo makes an int attribute symbolic when it sees a second value."""
+
+        @property
+        def max_cache_len(self) -> int:
+            return self.keys.shape[-2]
+
+    return FixedLayer

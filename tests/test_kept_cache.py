@@ -1,0 +1,277 @@
+"""A model's KV cache serves its next `generate`, and its length never makes a graph symbolic."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import zoo
+from torch._dynamo.backends.debugging import aot_eager
+from transformers import DynamicCache, StaticCache
+
+from fsvd_compile import backend, kept_cache
+from fsvd_compile.generate import decode_loop
+from fsvd_compile.report import collect
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def model(request, monkeypatch):
+    if request.param == "cpu":
+        monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+        # What is decided by memory and speed of a GPU only.
+        monkeypatch.setattr(kept_cache, "_static_pays", lambda model: True)
+        monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)
+    monkeypatch.setattr(kept_cache, "SHORTEST", 16)
+    torch._dynamo.reset()
+    yield zoo.factorized("llama").to(request.param)
+    torch._dynamo.reset()
+
+
+def prompt(model, length=5, batch=1):
+    torch.manual_seed(length + 7 * batch)
+    return torch.randint(1, 97, (batch, length)).to(model.device)
+
+
+def generate(model, ids, new=8, **more):
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+        pad_token_id=0, **{"eos_token_id": None, **more},
+    )  # fmt: skip
+
+
+def addresses(model):
+    _, cache = kept_cache._kept[model]
+    return [t.data_ptr() for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def new_cache(model, **more):
+    return StaticCache(config=model.config, **{"max_cache_len": 20, **more})
+
+
+@pytest.mark.parametrize(
+    "length, expected",
+    [(1, 1024), (1024, 1024), (1025, 2048), (4096, 4096), (4097, 8192), (40000, 40960)],
+)
+def test_lengths(length, expected):
+    assert kept_cache.rounded(length) == expected
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_the_next_generate_has_the_same_memory_and_compiles_nothing(model, kind):
+    compiled = torch.compile(model, backend="flashsvd")
+    first = prompt(model)
+    expected = generate(model, first)
+    assert torch.equal(generate(compiled, first, cache_implementation=kind), expected)
+    before = addresses(model)
+    with collect() as reports:
+        for start in (3, 1):  # other tokens than those the cache still holds
+            ids = first.roll(start, 1)
+            expected = generate(model, ids)
+            assert torch.equal(generate(compiled, ids, cache_implementation=kind), expected)
+    assert not reports
+    assert addresses(model) == before
+
+
+def test_longer_texts_and_other_batches_stay_fused(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    decode = []
+    for new, length, batch in ((8, 5, 1), (20, 5, 1), (9, 6, 3)):
+        ids = prompt(model, length, batch)
+        expected = generate(model, ids, new)
+        with collect() as reports:
+            out = generate(compiled, ids, new)
+        assert torch.equal(out, expected)
+        decode += [r for r in reports if r.tokens == batch]
+    assert [r.tokens for r in decode] == [1, 1, 3]
+    assert all(r.matches.get("decode_attention") == model.config.num_hidden_layers for r in decode)
+    assert all(r.matches.get("rope_append") == model.config.num_hidden_layers for r in decode)
+
+
+def test_more_graphs_than_dynamo_allows(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for batch in (1, 2):
+            ids = prompt(model, batch=batch)
+            assert torch.equal(generate(compiled, ids), generate(model, ids))
+        assert torch._dynamo.config.recompile_limit == 2
+
+
+def test_a_static_cache_of_the_callers_is_left_alone(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    own = new_cache(model)
+    ids = prompt(model)
+    expected = generate(model, ids)
+    assert torch.equal(generate(compiled, ids, past_key_values=own), expected)
+    assert int(own.get_seq_length()) == 5 + 8 - 1
+    assert model not in kept_cache._kept
+    own = DynamicCache()
+    assert torch.equal(generate(compiled, ids, past_key_values=own), expected)
+    assert model not in kept_cache._kept
+
+
+def test_a_dynamic_cache_that_was_asked_for_stays(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    ids = prompt(model)
+    assert torch.equal(
+        generate(compiled, ids, cache_implementation="dynamic"), generate(model, ids)
+    )
+    assert model not in kept_cache._kept
+
+
+def test_a_model_that_nobody_compiled_keeps_its_dynamic_cache(model):
+    ids = prompt(model)
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, custom_generate=decode_loop), expected)
+    assert model not in kept_cache._kept
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda m: new_cache(m, offloading=True), id="offloaded"),
+        pytest.param(lambda m: DynamicCache(), id="without layers"),
+        pytest.param(lambda m: None, id="none"),
+        pytest.param(lambda m: sliding(m), id="sliding window"),
+        pytest.param(lambda m: used(m), id="used"),
+    ],
+)
+def test_what_is_not_taken(model, given):
+    cache = given(model)
+    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    kept_cache.keep(model, cache)
+    assert model not in kept_cache._kept
+
+
+def sliding(model):
+    config = zoo.factorized("gemma2").config
+    return StaticCache(config=config, max_cache_len=20)
+
+
+def used(model):
+    cache = new_cache(model)
+    model(prompt(model), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_models_whose_keys_have_an_unknown_dtype_keep_theirs(model):
+    model.lm_head.half()
+    cache = new_cache(model)
+    assert kept_cache.take(model, cache, 1, 20) is cache
+    model.lm_head.float()
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        assert kept_cache.take(model, cache, 1, 20) is cache
+    assert kept_cache.take(model, cache, 1, 20) is not cache
+
+
+def test_dynamic_becomes_static_only_where_it_pays_and_fits(model, monkeypatch, caplog):
+    cache = DynamicCache(config=model.config)
+    assert kept_cache.take(model, cache, 1, 20) is cache  # not asked for
+    assert kept_cache.take(model, cache, 1, None, dynamic=True) is cache  # no length
+    monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: False)
+    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    assert "max_new_tokens" in caplog.text
+    monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)
+    monkeypatch.setattr(kept_cache, "_static_pays", lambda model: False)
+    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    monkeypatch.setattr(kept_cache, "_static_pays", lambda model: True)
+    assert type(kept_cache.take(model, cache, 1, 20, dynamic=True)) is StaticCache
+
+
+@pytest.mark.gpu
+def test_half_of_the_free_memory():
+    model = zoo.factorized("llama").cuda()
+    heads, size = model._get_static_cache_init_shape()
+    layers = model.config.num_hidden_layers
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    free -= torch.cuda.memory_allocated()
+    length = free // 2 // (2 * layers * heads * size * 4)
+    for share, fits in ((0.98, True), (1.02, False)):
+        layout = kept_cache._Layout(1, int(share * length), torch.float32, model.device, 0)
+        assert kept_cache._fits(layout, heads, size, layers) == fits
+    assert kept_cache._static_pays(model)
+
+
+def test_another_shape_gets_another_cache(model):
+    first = kept_cache.take(model, new_cache(model), 1, 20)
+    kept_cache.keep(model, first)
+    for more in ({"batch": 2}, {"length": 40}):
+        shape = {"batch": 1, "length": 20} | more
+        given = new_cache(model, max_cache_len=shape["length"])
+        other = kept_cache.take(model, given, **shape)
+        assert other is not first
+        assert other.layers[0].keys.shape[0] == shape["batch"]
+        assert other.layers[0].max_cache_len == other.layers[0].keys.shape[2] >= shape["length"]
+        kept_cache.keep(model, first)
+    model.double()
+    assert kept_cache.take(model, new_cache(model), 1, 20).layers[0].keys.dtype == torch.float64
+
+
+def test_taken_from_twice_there_are_two_and_what_is_kept_is_empty(model):
+    first = kept_cache.take(model, new_cache(model), 1, 20)
+    model(prompt(model), past_key_values=first, use_cache=True)
+    first.layers[0].keys[:, :, -1] = float("nan")
+    kept_cache.keep(model, first)
+    again = kept_cache.take(model, new_cache(model), 1, 20)
+    assert again is first
+    assert not any(t.any() for layer in again.layers for t in (layer.keys, layer.values))
+    assert int(again.get_seq_length()) == 0
+    assert kept_cache.take(model, new_cache(model), 1, 20) is not first
+
+
+def test_threads_have_caches_of_their_own(model):
+    prompts = [prompt(model, 5, 1) + k for k in range(3)]
+    expected = [generate(model, ids) for ids in prompts]
+    compiled = torch.compile(model, backend="flashsvd")
+    generate(compiled, prompts[0])
+    results = {}
+
+    def work(k):
+        results[k] = [generate(compiled, prompts[k]) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for k in range(3):
+        assert all(torch.equal(out, expected[k]) for out in results[k])
+
+
+def test_an_error_keeps_nothing(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    generate(compiled, prompt(model))
+    assert model in kept_cache._kept
+
+    def stop(input_ids, scores):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(compiled, prompt(model), logits_processor=[stop])
+    assert model not in kept_cache._kept
+
+
+def test_made_in_inference_mode_it_works_outside(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    ids = prompt(model)
+    expected = generate(model, ids)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(generate(compiled, ids), expected)
+
+
+def test_reset_and_the_end_of_the_model_free_it(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    generate(compiled, prompt(model))
+    keys = weakref.ref(kept_cache._kept[model][1].layers[0].keys)
+    torch._dynamo.reset()
+    del compiled
+    gc.collect()
+    assert keys() is None
+    other = zoo.factorized("llama").to(model.device)
+    generate(torch.compile(other, backend="flashsvd"), prompt(other))
+    assert other in kept_cache._kept
+    torch._dynamo.reset()
+    assert other not in kept_cache._kept
