@@ -40,6 +40,7 @@ def _skinny(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     NUM_K: tl.constexpr,
     ALIGN: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -58,80 +59,86 @@ def _skinny(
     n = pick_size(which, N, COUNT) * N_ALIGN
     K = pick_size(which, KS, COUNT) * K_ALIGN
     rows = first + tl.arange(0, BLOCK_R)
-    k = tl.arange(0, BLOCK_K)
+    # [SPLIT, BLOCK_K]: every slice of a turn is one warp's, and the slices lie side by side.
+    k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    TURN: tl.constexpr = SPLIT * BLOCK_K
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < n
     token_ok = m < M
 
     w_at = pick_pointer(which, W, COUNT) + weight_offsets(
-        rows[None, :],
-        k[:, None],
+        rows[None, None, :],
+        k[:, :, None],
         pick_int(which, STRIDE_R, COUNT) * ALIGN,
         pick_int(which, STRIDE_K, COUNT) * ALIGN,
         LAYOUT,
     )
-    w_step = BLOCK_K * (1 if LAYOUT == "row" else pick_int(which, STRIDE_K, COUNT) * ALIGN)
-    keep = (k < K)[:, None] & row_ok[None, :]
+    w_step = TURN * (1 if LAYOUT == "row" else pick_int(which, STRIDE_K, COUNT) * ALIGN)
+    keep = (k < K)[:, :, None] & row_ok[None, None, :]
     w = tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first")
     if GATED:
         K_up = tl.cast(KS[1], tl.int32) * K_ALIGN
         u_at = W[1] + weight_offsets(
-            rows[None, :],
-            k[:, None],
+            rows[None, None, :],
+            k[:, :, None],
             tl.cast(STRIDE_R[1], tl.int64) * ALIGN,
             tl.cast(STRIDE_K[1], tl.int64) * ALIGN,
             LAYOUT,
         )
-        u_step = BLOCK_K * (1 if LAYOUT == "row" else tl.cast(STRIDE_K[1], tl.int64) * ALIGN)
-        keep_up = (k < K_up)[:, None] & row_ok[None, :]
+        u_step = TURN * (1 if LAYOUT == "row" else tl.cast(STRIDE_K[1], tl.int64) * ALIGN)
+        keep_up = (k < K_up)[:, :, None] & row_ok[None, None, :]
         u = tl.load(u_at, mask=keep_up, other=0.0, eviction_policy="evict_first")
 
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
 
-    x_rows = X + tl.cast(m, tl.int64)[:, None] * stride_xm
-    z_at = x_rows + (pick_int(which, OFFSETS, COUNT) + k)[None, :] * stride_xk
-    z_step = BLOCK_K * stride_xk
-    x = tl.load(z_at, mask=token_ok[:, None] & (k < K)[None, :], other=0.0)
+    x_rows = X + tl.cast(m, tl.int64)[None, :, None] * stride_xm
+    z_at = x_rows + (pick_int(which, OFFSETS, COUNT) + k)[:, None, :] * stride_xk
+    z_step = TURN * stride_xk
+    token_mask = token_ok[None, :, None]
+    x = tl.load(z_at, mask=token_mask & (k < K)[:, None, :], other=0.0)
     # The interpreter holds bf16 as raw 16-bit integers and would multiply those.
     if INTERPRET:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
-    acc = tl.dot(x, w, input_precision="ieee")
+    parts = tl.dot(x, w, input_precision="ieee")
     if GATED:
-        v_at = x_rows + (tl.cast(OFFSETS[1], tl.int64) + k)[None, :] * stride_xk
-        x = tl.load(v_at, mask=token_ok[:, None] & (k < K_up)[None, :], other=0.0)
+        v_at = x_rows + (tl.cast(OFFSETS[1], tl.int64) + k)[:, None, :] * stride_xk
+        x = tl.load(v_at, mask=token_mask & (k < K_up)[:, None, :], other=0.0)
         if INTERPRET:
             x = x.to(tl.float32)
             u = u.to(tl.float32)
-        up = tl.dot(x, u, input_precision="ieee")
+        up_parts = tl.dot(x, u, input_precision="ieee")
 
     for i in range(1, NUM_K):
-        at = i * BLOCK_K + k
+        at = i * TURN + k
         w = tl.load(
             w_at + i * w_step,
-            mask=(at < K)[:, None] & row_ok[None, :],
+            mask=(at < K)[:, :, None] & row_ok[None, None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        x = tl.load(z_at + i * z_step, mask=token_ok[:, None] & (at < K)[None, :], other=0.0)
+        x = tl.load(z_at + i * z_step, mask=token_mask & (at < K)[:, None, :], other=0.0)
         if INTERPRET:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        parts = tl.dot(x, w, parts, input_precision="ieee")
         if GATED:
             u = tl.load(
                 u_at + i * u_step,
-                mask=(at < K_up)[:, None] & row_ok[None, :],
+                mask=(at < K_up)[:, :, None] & row_ok[None, None, :],
                 other=0.0,
                 eviction_policy="evict_first",
             )
-            x = tl.load(v_at + i * z_step, mask=token_ok[:, None] & (at < K_up)[None, :], other=0.0)
+            x = tl.load(v_at + i * z_step, mask=token_mask & (at < K_up)[:, None, :], other=0.0)
             if INTERPRET:
                 x = x.to(tl.float32)
                 u = u.to(tl.float32)
-            up = tl.dot(x, u, up, input_precision="ieee")
+            up_parts = tl.dot(x, u, up_parts, input_precision="ieee")
 
+    acc = tl.sum(parts, 0)
+    if GATED:
+        up = tl.sum(up_parts, 0)
     if HAS_BIAS:
         bias_ok = rows < pick_size(which, NB, COUNT)
         bias = tl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=bias_ok, other=0.0)

@@ -24,13 +24,14 @@ from fsvd_compile.phase import Phase
 
 
 class Tile(NamedTuple):
-    """Block sizes of one launch: `block_m` tokens by `block_r` weight rows, `block_k` at a time."""
+    """Block sizes of one launch: `block_m` tokens by `block_r` weight rows, `split` times `block_k` at a time."""
 
     block_r: int
     block_k: int
     num_warps: int
     block_m: int = 1
     num_stages: int = 1
+    split: int = 1
 
 
 # Whole rows up to this K are requested at once; longer ones loop. 16384 covers the 11008 that was
@@ -55,8 +56,7 @@ def linear_tile(
 ) -> Tile:
     """The tile for a launch of `rows` weight rows (of gate alone when gated) of length `k`."""
     if phase is not Phase.DECODE:
-        sms, shared = _triton.multiprocessors(device), _triton.shared_memory(device)
-        return _skinny_rule(rows, tokens, itemsize, gated, sms, shared)
+        return _skinny_rule(op, tokens, itemsize, gated, _triton.shared_memory(device))
     whole = layout == "row" and k <= SINGLE_TILE_K
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
@@ -89,19 +89,32 @@ def _gemv_rule(k, rows, tokens, itemsize, layout, gated, sms) -> Tile:
     return Tile(block_r, block_k, num_warps, tokens)
 
 
-def _skinny_rule(rows, tokens, itemsize, gated, sms, shared) -> Tile:
+def _skinny_rule(op, tokens, itemsize, gated, shared) -> Tile:
+    """One tile for all shapes of an op.
+
+    The best by the sum over the linears of a LLaMA-7B layer at keep 0.5, of 8 and of 32 tokens, on an H200: 89 and
+    113 us a layer, 10 and 16 above what the best tile of each would take, 99 and 107 with cuBLAS without its
+    kernels for gate, residual and norm (`python bench/tune_few.py`, bench/results/tune_few_h200.json). Other
+    GPUs were not measured.
+    """
     block_m = min(64, max(16, next_power_of_2(tokens)))
-    block_r = 32 if cdiv(rows, 32) >= sms else 16
-    block_k = 128 if itemsize == 2 else 32
-    # Each stage holds a tile of x and one of W, both twice when gated. The first tiles, which are
-    # loaded before the loop, take the room of one more stage.
-    column = (block_m + block_r) * itemsize * (2 if gated else 1)
-    room = shared - 4096
-    if 3 * column * block_k > room:
+    num_warps = None
+    if itemsize != 2:
+        block_r, split, block_k, num_stages = 16, 4, 16, 3
+        num_warps = 8 if gated else 4  # registers of multiply-adds without tensor cores
+    elif block_m == 64:
+        block_r, split, block_k, num_stages = 16, 4, 64, 4  # twice the K spills
+    elif op == "shrink":
+        block_r, split, block_k, num_stages = 16, 4, 128, 4
+    elif gated:
+        block_r, split, block_k, num_stages = 32, 2, 64, 3
+    else:
+        block_r, split, block_k, num_stages = 16, 2, 128, 5
+    # A stage, of which one is in registers, holds a tile of x and one of W, both twice when gated.
+    column = (block_m + block_r) * split * itemsize * (2 if gated else 1)
+    while block_k > 16 and column * block_k * (num_stages - 1) > shared - 4096:
         block_k //= 2
-    num_stages = max(2, min(4, room // (column * block_k) - 1))
-    num_warps = 8 if itemsize == 4 and gated else 4
-    return Tile(block_r, block_k, num_warps, block_m, num_stages)
+    return Tile(block_r, block_k, num_warps or split, block_m, num_stages, split)
 
 
 def _nearest(op, k, rows, tokens, itemsize) -> dict | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -215,11 +216,21 @@ def set_value(node: Node) -> None:
     """Compute a call's fake value from the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     # Inside the values' own mode: an operation may make tensors of its own.
-    with torch.no_grad(), _fake_mode(args, kwargs) or contextlib.nullcontext():
+    mode = _fake_mode(args, kwargs) or contextlib.nullcontext()
+    with torch.no_grad(), mode, _decompositions(args, kwargs):
         if node.op == "call_function":
             node.meta["example_value"] = node.target(*args, **kwargs)
         else:
             node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def _decompositions(*values: Any) -> contextlib.AbstractContextManager:
+    """Python's where a size is symbolic, as Dynamo has it: of torch 2.11's in C++ one asks CUDA tensors for numbers
+    and so fixes the symbols. Not for other values: some of Python's copy what eager only views."""
+    leaves = torch.utils._pytree.tree_leaves(values)
+    tensors = (leaf for leaf in leaves if isinstance(leaf, FakeTensor))
+    symbolic = any(not isinstance(s, int) for t in tensors for s in (*t.shape, *t.stride()))
+    return enable_python_dispatcher() if symbolic else contextlib.nullcontext()
 
 
 def _fake_mode(*values: Any) -> FakeTensorMode | None:

@@ -85,13 +85,16 @@ def test_gemv_tiles_fit_in_registers(tokens, itemsize, gated, h200):
 
 
 @pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("itemsize", (2, 4))
+@pytest.mark.parametrize("op", ("shrink", "expand"))
 @pytest.mark.parametrize("tokens", (3, 17, 64))
-def test_skinny_tiles_fit_in_99_kb(tokens, gated):
+def test_skinny_tiles_fit_in_99_kb(tokens, op, itemsize, gated):
     """What GPUs of compute capability 8.6 and 8.9 have, the least since 8.0."""
-    t = tile("expand", 4096, 11008, tokens, gated=gated, phase=Phase.FEW)
-    stage = (t.block_m + t.block_r) * t.block_k * 2 * (2 if gated else 1)
-    assert stage * (t.num_stages + 1) <= 99 * 1024
+    t = tile(op, 4096, 11008, tokens, itemsize, gated=gated, phase=Phase.FEW)
+    stage = (t.block_m + t.block_r) * t.split * t.block_k * itemsize * (2 if gated else 1)
+    assert stage * (t.num_stages - 1) <= 99 * 1024
     assert t.block_m >= 16 and t.block_r >= 16 and t.block_k >= 16
+    assert t.num_warps % t.split == 0
 
 
 def test_attention_splits():
