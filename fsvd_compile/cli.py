@@ -53,11 +53,17 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     summary = "what a checkpoint of an SVD family holds: family, ranks, sizes, what is dense"
     parser = commands.add_parser("inspect", help=summary, description=summary)
     parser.add_argument("source", help="a directory, or one weight file")
+    parser.add_argument(
+        "--skip-spectra",
+        dest="spectra",
+        action="store_false",
+        help="do not look for dense weights of low rank (saves an SVD of each)",
+    )
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    print(families.inspect(args.source))
+    print(families.inspect(args.source, spectra=args.spectra))
     return 0
 
 
@@ -66,6 +72,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("convert", help=summary, description=summary)
     parser.add_argument("source", help="a directory, or one weight file")
     _add_out(parser)
+    parser.add_argument(
+        "--refactor",
+        action="store_true",
+        help="hold dense weights of low rank as factors again (an SVD of each dense weight)",
+    )
     parser.set_defaults(run=_convert)
 
 
@@ -81,7 +92,14 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    print(families.convert(args.source, args.out, dtype=_dtype(args), overwrite=args.overwrite))
+    found = families.convert(
+        args.source,
+        args.out,
+        refactor=args.refactor,
+        dtype=_dtype(args),
+        overwrite=args.overwrite,
+    )
+    print(found)
     print(f"written to {args.out}; load it after `import fsvd_compile`")
     return 0
 

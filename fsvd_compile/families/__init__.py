@@ -10,7 +10,14 @@ import torch
 
 from fsvd_compile.errors import CheckpointError
 from fsvd_compile.factorized import LowRankLinear
-from fsvd_compile.families.assemble import Assembly, assemble, completed, dtype_of, is_common
+from fsvd_compile.families.assemble import (
+    Assembly,
+    assemble,
+    completed,
+    disguises,
+    dtype_of,
+    is_common,
+)
 from fsvd_compile.families.hub import register
 from fsvd_compile.families.native import check_free, save
 from fsvd_compile.families.report import Inspection
@@ -24,6 +31,7 @@ log = logging.getLogger(__name__)
 def load(
     path: str | os.PathLike,
     *,
+    refactor: bool = False,
     dtype: torch.dtype | None = None,
     device_map: Any = None,
 ) -> Any:
@@ -36,6 +44,8 @@ def load(
 
     Args:
         path: A directory or file; see `families.source.read`.
+        refactor: Look for dense weights that are products of two factors (`families.disguise`), and hold
+            them as factors again. An SVD of each dense weight, on the CPU.
         dtype: Of all parameters; by default what the config names, else that of most parameters.
             Families mix dtypes (SVD-LLM writes fp32 factors into fp16 models).
         device_map: As in transformers' `from_pretrained`.
@@ -44,9 +54,10 @@ def load(
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, is of no known family, or contradicts its config.
+        CheckpointError: the checkpoint cannot be read, is of no known family, contradicts its config, or
+            nothing in it is factorized.
     """
-    return _built(*_assembled(path), dtype, device_map)
+    return _built(*_factorized(path, refactor), dtype, device_map)
 
 
 def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
@@ -54,6 +65,21 @@ def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
     if is_common(source):
         source = completed(source)
     return source, assemble(source)
+
+
+def _factorized(path: str | os.PathLike, refactor: bool) -> tuple[Source, Assembly]:
+    source, assembly = _assembled(path)
+    if refactor:
+        assembly = assembly.refactored(disguises(assembly))
+    if not assembly.modules:
+        searched = f", and none of {len(assembly.dense)} dense weights is of low rank" * refactor
+        raise CheckpointError(
+            f"{source.path}: no factor pair is found for any linear module of "
+            f"{assembly.model_class.__name__}{searched}. A dense checkpoint is loaded with transformers "
+            "and factorized with fsvd_compile.factorize"
+            + ("." if refactor else "; one that is low-rank in disguise, with refactor=True.")
+        )
+    return source, assembly
 
 
 def _built(source: Source, assembly: Assembly, dtype: torch.dtype | None, device_map: Any) -> Any:
@@ -77,32 +103,38 @@ def _built(source: Source, assembly: Assembly, dtype: torch.dtype | None, device
     return model.eval()
 
 
-def inspect(path: str | os.PathLike) -> Inspection:
-    """What a checkpoint holds: family, ranks, sizes, what is dense; `print` it.
+def inspect(path: str | os.PathLike, *, spectra: bool = True) -> Inspection:
+    """What a checkpoint holds: family, ranks, sizes, what is dense, also in disguise; `print` it.
+
+    Args:
+        path: As for `load`; a plain dense model is looked at too.
+        spectra: Look for dense weights of low rank: an SVD each, on the CPU.
 
     Raises:
         CheckpointError: as for `load`; nothing is built.
     """
-    return Inspection.of(*_assembled(path))
+    source, assembly = _assembled(path)
+    return Inspection.of(source, assembly, disguises(assembly) if spectra else None)
 
 
 def convert(
     path: str | os.PathLike,
     out: str | os.PathLike,
     *,
+    refactor: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Inspection:
     """`load`, then `save`; a tokenizer and generation settings that lie beside the weights go along.
 
     Returns:
-        What was in the checkpoint.
+        What was written, as it was in the checkpoint.
 
     Raises:
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
     check_free(out, overwrite)
-    source, assembly = _assembled(path)
+    source, assembly = _factorized(path, refactor)
     save(_built(source, assembly, dtype, None), out, overwrite=overwrite, beside=source.folder)
     return Inspection.of(source, assembly)
 

@@ -113,6 +113,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("FWSVD", "arXiv 2207.00112, s-nlp's", _nested("lin0", "lin1")),
     Family("PELA", "nn.Sequential of two linears", _nested("0", "1")),
 )  # fmt: skip
+# What a checkpoint without factors is; it may be dense in disguise.
+DENSE = Family("dense", "no factors", lambda key: None)
 
 
 def find(

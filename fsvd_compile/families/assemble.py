@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.families.adapters import FAMILIES, Factors, Family, find, oriented
+from fsvd_compile.families.adapters import DENSE, FAMILIES, Factors, Family, find, oriented
+from fsvd_compile.families.disguise import Disguised, undisguised
 from fsvd_compile.families.native import METHOD, config_dict, linear_shape
 from fsvd_compile.families.source import Source, memory
 
@@ -56,7 +58,9 @@ class Assembly:
         model_class: Its class.
         modules: The factorized modules by the plain model's names.
         rest: All other parameters and buffers by the plain model's names.
-        dense: Linear modules that are dense in the checkpoint.
+        dense: Linear modules that are dense in the checkpoint: their weights as `[out, in]`, None for one that
+            is tied to another's.
+        recovered: Those of `modules` that are dense in the checkpoint, with what was found in their weights.
     """
 
     family: Family
@@ -64,7 +68,8 @@ class Assembly:
     model_class: type
     modules: dict[str, Module]
     rest: dict[str, torch.Tensor]
-    dense: tuple[str, ...]
+    dense: dict[str, torch.Tensor | None]
+    recovered: Mapping[str, Disguised] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
@@ -77,6 +82,16 @@ class Assembly:
             if module.bias is not None:
                 state[f"{name}.u.bias"] = module.bias
         return state
+
+    def refactored(self, found: Mapping[str, Disguised]) -> Assembly:
+        """The same with factors in the place of dense weights, see `disguises`."""
+        rest = dict(self.rest)
+        modules = dict(self.modules)
+        for name, factors in found.items():
+            del rest[f"{name}.weight"]
+            modules[name] = Module(factors.u, factors.v, rest.pop(f"{name}.bias", None))
+        dense = {name: weight for name, weight in self.dense.items() if name not in found}
+        return dataclasses.replace(self, modules=modules, rest=rest, dense=dense, recovered=found)
 
     def described(self) -> dict[str, Any]:
         """The `quantization_config` of the factorized model."""
@@ -92,27 +107,33 @@ class Assembly:
 def assemble(source: Source) -> Assembly:
     """Finds config, family, factors and everything else of a checkpoint.
 
+    One of a plain dense model has no factors; its family is `DENSE`.
+
     Raises:
-        CheckpointError: the model type is unknown, no factors are found, factors do not fit the model,
-            values are not finite, or tensors are missing or left over. Nothing was built.
+        CheckpointError: the model type is unknown, neither factors nor dense weights are found, factors do
+            not fit the model, values are not finite, or tensors are missing or left over. Nothing was
+            built.
     """
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
     tensors = _renamed(source.tensors, skeleton, shapes)
     family, pairs = find(source, tensors, shapes)
+    ties = skeleton.all_tied_weights_keys
     if family is None:
-        raise CheckpointError(
-            f"{source.path}: no factor pair is found for any of the {len(shapes)} linear modules of "
-            f"{model_class.__name__}. Known layouts: {', '.join(f.name for f in FAMILIES)}. A dense "
-            "checkpoint is loaded with transformers and factorized with fsvd_compile.factorize."
-        )
+        weights = [f"{name}.weight" for name in shapes]
+        if not all(key in tensors or key in ties for key in weights):
+            raise CheckpointError(
+                f"{source.path}: no factor pair is found for any of the {len(shapes)} linear modules of "
+                f"{model_class.__name__}, and dense weights not for all. Known layouts: "
+                f"{', '.join(dict.fromkeys(f.name for f in FAMILIES))}."
+            )
+        family = DENSE
     modules = {
         name: _module(name, pairs[name], tensors, shapes[name]) for name in shapes if name in pairs
     }
     _check_finite(source, modules)
     modules = _with_owners(modules, family)
-    ties = skeleton.all_tied_weights_keys
     untied = [key for key in ties if key in tensors and not _equal(tensors, key, ties[key])]
     if untied or any(f"{name}.weight" in ties for name in modules):
         # A head that was factorized or changed is no longer the embedding, whatever the config says.
@@ -120,8 +141,35 @@ def assemble(source: Source) -> Assembly:
         skeleton = _skeleton(source, config, model_class)
     used = {key for factors in pairs.values() for key in factors.keys}
     rest = _rest(source, skeleton, modules, {k: t for k, t in tensors.items() if k not in used})
-    dense = tuple(name for name in shapes if name not in modules)
+    ties = skeleton.all_tied_weights_keys
+    of_others = {*ties, *ties.values()}
+    dense = {
+        name: None if key in of_others else _oriented(skeleton.get_submodule(name), rest[key])
+        for name in shapes
+        if name not in modules and (key := f"{name}.weight")
+    }
     return Assembly(family, config, model_class, modules, rest, dense)
+
+
+def _oriented(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a linear module as `[out, in]`; transformers' Conv1D has it transposed."""
+    return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def disguises(assembly: Assembly) -> dict[str, Disguised]:
+    """The dense weights of a checkpoint that are of low rank, taken apart; an SVD each, so it takes a while.
+
+    Raises:
+        CheckpointError: see `disguise.undisguised`.
+    """
+    weights = {name: weight for name, weight in assembly.dense.items() if weight is not None}
+    found = {}
+    # Only a terminal gets a bar.
+    for name, weight in tqdm(weights.items(), "spectra", disable=None, unit="module"):
+        factors = undisguised(name, weight)
+        if factors is not None:
+            found[name] = factors
+    return found
 
 
 def _skeleton(source: Source, config: Any, model_class: type) -> Any:

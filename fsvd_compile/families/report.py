@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fsvd_compile.table import aligned, folded, pattern, span
 
 if TYPE_CHECKING:
     from fsvd_compile.families.assemble import Assembly
+    from fsvd_compile.families.disguise import Disguised
     from fsvd_compile.families.source import Source
 
 
@@ -28,6 +30,15 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recovered:
+    """A dense weight that is the product of two factors, see `disguise.undisguised`."""
+
+    name: str
+    rank: int
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection:
     """What a checkpoint holds; `print` it for a table with repeated layers folded into one line.
 
@@ -37,6 +48,8 @@ class Inspection:
         architecture: The transformers class it factorizes.
         rows: The factorized modules.
         dense: Names of linear modules that are dense.
+        disguised: Those of `dense` whose weights are of low rank; empty where that was not looked for.
+        recovered: Those of `rows` whose factors come from a dense weight.
         parameters: Parameters of the model as stored, shared factors once.
         dense_parameters: What the same model has without factorization.
         bytes: Of all tensors of the model, shared factors once.
@@ -48,12 +61,17 @@ class Inspection:
     architecture: str
     rows: tuple[Row, ...]
     dense: tuple[str, ...]
+    disguised: tuple[Recovered, ...]
+    recovered: tuple[Recovered, ...]
     parameters: int
     dense_parameters: int
     bytes: int
 
     @classmethod
-    def of(cls, source: Source, assembly: Assembly) -> Inspection:
+    def of(
+        cls, source: Source, assembly: Assembly, disguised: Mapping[str, Disguised] | None = None
+    ) -> Inspection:
+        """Of an assembly, and what `assemble.disguises` found in it."""
         rows = tuple(
             Row(
                 name,
@@ -74,7 +92,9 @@ class Inspection:
             assembly.family.source,
             assembly.model_class.__name__,
             rows,
-            assembly.dense,
+            tuple(assembly.dense),
+            tuple(Recovered(name, f.rank, f.error) for name, f in (disguised or {}).items()),
+            tuple(Recovered(name, f.rank, f.error) for name, f in assembly.recovered.items()),
             sum(t.numel() for t in state),
             sum(t.numel() for t in assembly.rest.values()) + dense,
             sum(t.numel() * t.element_size() for t in state),
@@ -92,8 +112,20 @@ class Inspection:
             fields = ("in_features", "out_features", "rank", "bias", "dtype")
             columns = [span([getattr(row, field) for row in group]) for field in fields]
             cells.append((name, str(len(group)), *columns, str(sum(row.shared for row in group))))
-        lines += aligned(cells)
-        lines += [f"dense: {name} (x{n})" for name, n in Counter(map(pattern, self.dense)).items()]
+        lines += aligned(cells) if self.rows else []
+        lines += _recovered("recovered from a dense weight", self.recovered)
+        disguised = {r.name for r in self.disguised}
+        dense = (name for name in self.dense if name not in disguised)
+        lines += [f"dense: {name} (x{n})" for name, n in Counter(map(pattern, dense)).items()]
+        lines += _recovered("dense in disguise", self.disguised)
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _recovered(what: str, modules: tuple[Recovered, ...]) -> list[str]:
+    return [
+        f"{what}: {name} (x{len(group)}), rank {span([r.rank for r in group])}, relative error up to "
+        f"{max(r.error for r in group):.1e}"
+        for name, group in folded(modules).items()
+    ]

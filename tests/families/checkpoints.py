@@ -734,6 +734,44 @@ def pela(folder: pathlib.Path) -> Checkpoint:
     return Checkpoint(folder, "pela", reference, ranks)
 
 
+def disguised(
+    folder: pathlib.Path,
+    build: Callable[[], transformers.PreTrainedModel] = _llama,
+    *,
+    dtype: torch.dtype = torch.float16,
+    stored: torch.dtype | None = None,
+) -> Checkpoint:
+    """Swift-SVD's official code: V V^T W, multiplied out and rounded to `dtype`, in a plain dense checkpoint.
+
+    Some layers are full rank, and so is the head. `stored` is the dtype of the file where it is another one.
+    `ranks` are those of the products below break-even, which alone are worth taking apart.
+    """
+    reference = build()
+    ranks = _pick_ranks(reference)
+    factors = _compress(reference, ranks, torch.float32)
+    for name in factors:
+        weight = reference.get_submodule(name).weight
+        weight.data = weight.data.to(dtype).float()
+    state = {
+        key: tensor.to(dtype).to(stored or dtype) for key, tensor in reference.state_dict().items()
+    }
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    config = _config(reference, stored or dtype)
+    below = {
+        name: rank
+        for name, rank in ranks.items()
+        if rank * (len(factors[name].u) + factors[name].v.shape[1])
+        < factors[name].dense()[0].numel()
+    }
+    return Checkpoint(_write_directory(folder, config, state), "dense", reference, below)
+
+
+def _gpt2():
+    config = transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    return _randomize(transformers.GPT2LMHeadModel(config))
+
+
 def _seeded(
     generator: Callable[..., Checkpoint], *arguments, **options
 ) -> Callable[[pathlib.Path], Checkpoint]:
@@ -785,4 +823,15 @@ GENERATORS: dict[str, Callable[[pathlib.Path], Checkpoint]] = {
     "aa-svd-llama-bias": _seeded(aa_svd, bias=True),
     "fwsvd-bert": _seeded(fwsvd),
     "pela-bert": _seeded(pela),
+}
+
+# Dense models whose weights are products: nothing to load but for `refactor`.
+DISGUISED: dict[str, Callable[[pathlib.Path], Checkpoint]] = {
+    "fp16": _seeded(disguised),
+    "bf16": _seeded(disguised, dtype=torch.bfloat16),
+    "fp32": _seeded(disguised, dtype=torch.float32),
+    "fp16-in-fp32": _seeded(disguised, stored=torch.float32),
+    "tied": _seeded(disguised, functools.partial(_llama, tied=True)),
+    "bias": _seeded(disguised, functools.partial(_llama, bias=True)),
+    "opt": _seeded(disguised, _opt),
 }
