@@ -71,7 +71,7 @@ def _factorized(path: str | os.PathLike, refactor: bool) -> tuple[Source, Assemb
     source, assembly = _assembled(path)
     if refactor:
         assembly = assembly.refactored(disguises(assembly))
-    if not assembly.modules:
+    if not assembly.modules and not assembly.multiplied:
         searched = f", and none of {len(assembly.dense)} dense weights is of low rank" * refactor
         raise CheckpointError(
             f"{source.path}: no factor pair is found for any linear module of "
@@ -85,7 +85,8 @@ def _factorized(path: str | os.PathLike, refactor: bool) -> tuple[Source, Assemb
 def _built(source: Source, assembly: Assembly, dtype: torch.dtype | None, device_map: Any) -> Any:
     register()
     config = assembly.config
-    config.quantization_config = assembly.described()
+    if assembly.modules:
+        config.quantization_config = assembly.described()
     dtype = dtype or dtype_of(source, assembly)
     try:
         model = assembly.model_class.from_pretrained(

@@ -98,6 +98,7 @@ FAMILIES: tuple[Family, ...] = (
         _nested("ALinear", "BLinear"),
         lambda s: "dobi_target_modules" in s.config or any("SVDTransform" in c for c in s.classes.values()),
     ),
+    Family("Dobi-SVD", "arXiv 2502.02723, wangqinsi1/Dobi-SVD, remapped to 8 bits", _nested("vt", "us")),
     Family("ASVD", "arXiv 2312.05821, hahnyuan/ASVD4LLM", _nested("BLinear", "ALinear"), _has("truncation_ranks")),
     Family("LowRankArena", "Zishan-Shao/lowrankarena, ABLinear", _nested("BLinear", "ALinear")),
     Family("Basis Sharing", "arXiv 2410.03765, TUDa-HWAI/Basis_Sharing", _by_basis),
@@ -110,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("ZS-SVD", "v_proj and u_proj under a module", _nested("v_proj", "u_proj")),
     Family("AA-SVD", "V and U under a module", _nested("V", "U")),
+    Family("Palu", "arXiv 2407.21118, shadowpa0327/Palu", _nested("VT", "U")),
     Family("FWSVD", "arXiv 2207.00112, s-nlp's", _nested("lin0", "lin1")),
     Family("PELA", "nn.Sequential of two linears", _nested("0", "1")),
 )  # fmt: skip

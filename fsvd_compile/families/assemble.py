@@ -18,12 +18,14 @@ from fsvd_compile.families.adapters import DENSE, FAMILIES, Factors, Family, fin
 from fsvd_compile.families.disguise import Disguised, undisguised
 from fsvd_compile.families.native import METHOD, config_dict, linear_shape
 from fsvd_compile.families.source import Source, memory
+from fsvd_compile.families.storage import unpacked
 
 # Entries of a config that describe a family's own storage, or code that is not run.
 _FOREIGN = (
     "auto_map", "quantization_config", "low_rank_modules", "low_rank_schema", "low_rank_format_version",
     "low_rank_method", "low_rank_config", "truncation_ranks", "dobi_target_modules", "rank_dict",
-    "svd_ranks", "transformers_version",
+    "svd_ranks", "head_wise_ranks", "palu_attn_linear_only", "original_model_name_or_path",
+    "transformers_version",
     # How a model runs is the caller's to say; a name of a Hub kernel would be fetched and imported.
     "attn_implementation", "experts_implementation", "return_dict", "output_attentions",
     "output_hidden_states",
@@ -60,6 +62,7 @@ class Assembly:
         rest: All other parameters and buffers by the plain model's names.
         dense: Linear modules that are dense in the checkpoint: their weights as `[out, in]`, None for one that
             is tied to another's.
+        multiplied: The ranks of those of `dense` that were factorized in the checkpoint, see `storage`.
         recovered: Those of `modules` that are dense in the checkpoint, with what was found in their weights.
     """
 
@@ -69,6 +72,7 @@ class Assembly:
     modules: dict[str, Module]
     rest: dict[str, torch.Tensor]
     dense: dict[str, torch.Tensor | None]
+    multiplied: Mapping[str, int] = dataclasses.field(default_factory=dict)
     recovered: Mapping[str, Disguised] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -117,7 +121,8 @@ def assemble(source: Source) -> Assembly:
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
-    tensors = _renamed(source.tensors, skeleton, shapes)
+    stored = unpacked(source, _renamed(source.tensors, skeleton, shapes), shapes)
+    tensors = stored.tensors
     family, pairs = find(source, tensors, shapes)
     ties = skeleton.all_tied_weights_keys
     if family is None:
@@ -128,7 +133,7 @@ def assemble(source: Source) -> Assembly:
                 f"{model_class.__name__}, and dense weights not for all. Known layouts: "
                 f"{', '.join(dict.fromkeys(f.name for f in FAMILIES))}."
             )
-        family = DENSE
+        family = next((f for f in FAMILIES if any(map(f.roles, stored.keys))), DENSE)
     modules = {
         name: _module(name, pairs[name], tensors, shapes[name]) for name in shapes if name in pairs
     }
@@ -148,7 +153,7 @@ def assemble(source: Source) -> Assembly:
         for name in shapes
         if name not in modules and (key := f"{name}.weight")
     }
-    return Assembly(family, config, model_class, modules, rest, dense)
+    return Assembly(family, config, model_class, modules, rest, dense, stored.multiplied)
 
 
 def _oriented(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -282,8 +287,8 @@ def _module(
     for key, tensor in ((factors.first, a), (factors.second, b)):
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{key} is {tensor.dtype}: quantized factors (Dobi-SVD's remapping and the like) are "
-                "not read yet; export the checkpoint without quantization."
+                f"{key} is {tensor.dtype}: of quantized factors only Dobi-SVD's remapped ones are read; "
+                "export the checkpoint without quantization."
             )
     u, v, first_is_v = oriented(name, a, b, *shape)
     v_key = factors.first if first_is_v else factors.second

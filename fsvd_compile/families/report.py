@@ -48,6 +48,8 @@ class Inspection:
         architecture: The transformers class it factorizes.
         rows: The factorized modules.
         dense: Names of linear modules that are dense.
+        multiplied: The ranks of those of `dense` that the checkpoint holds as factors, which were multiplied
+            out as they are no smaller as a pair.
         disguised: Those of `dense` whose weights are of low rank; empty where that was not looked for.
         recovered: Those of `rows` whose factors come from a dense weight.
         parameters: Parameters of the model as stored, shared factors once.
@@ -61,6 +63,7 @@ class Inspection:
     architecture: str
     rows: tuple[Row, ...]
     dense: tuple[str, ...]
+    multiplied: dict[str, int]
     disguised: tuple[Recovered, ...]
     recovered: tuple[Recovered, ...]
     parameters: int
@@ -93,6 +96,7 @@ class Inspection:
             assembly.model_class.__name__,
             rows,
             tuple(assembly.dense),
+            dict(assembly.multiplied),
             tuple(Recovered(name, f.rank, f.error) for name, f in (disguised or {}).items()),
             tuple(Recovered(name, f.rank, f.error) for name, f in assembly.recovered.items()),
             sum(t.numel() for t in state),
@@ -114,9 +118,10 @@ class Inspection:
             cells.append((name, str(len(group)), *columns, str(sum(row.shared for row in group))))
         lines += aligned(cells) if self.rows else []
         lines += _recovered("recovered from a dense weight", self.recovered)
-        disguised = {r.name for r in self.disguised}
-        dense = (name for name in self.dense if name not in disguised)
+        told = {*self.multiplied, *(r.name for r in self.disguised)}
+        dense = (name for name in self.dense if name not in told)
         lines += [f"dense: {name} (x{n})" for name, n in Counter(map(pattern, dense)).items()]
+        lines += _multiplied(self.multiplied)
         lines += _recovered("dense in disguise", self.disguised)
         return "\n".join(lines)
 
@@ -128,4 +133,14 @@ def _recovered(what: str, modules: tuple[Recovered, ...]) -> list[str]:
         f"{what}: {name} (x{len(group)}), rank {span([r.rank for r in group])}, relative error up to "
         f"{max(r.error for r in group):.1e}"
         for name, group in folded(modules).items()
+    ]
+
+
+def _multiplied(modules: Mapping[str, int]) -> list[str]:
+    ranks: dict[str, list[int]] = {}
+    for name, rank in modules.items():
+        ranks.setdefault(pattern(name), []).append(rank)
+    return [
+        f"multiplied out, as a pair of factors is no smaller: {name} (x{len(group)}), rank {span(group)}"
+        for name, group in ranks.items()
     ]

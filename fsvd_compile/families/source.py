@@ -151,11 +151,19 @@ def _state_dict(file: pathlib.Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(file)
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+    return _only_tensors(file, torch_load(file))
+
+
+def torch_load(file: pathlib.Path) -> Any:
+    """What `torch.save` wrote to a file that holds data only: tensors, plain values and containers of them.
+
+    Raises:
+        CheckpointError: it is damaged, or holds objects.
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as a state dict: {error}") from error
-    return _only_tensors(file, state)
+        raise CheckpointError(f"{file} cannot be read as tensors: {error}") from error
 
 
 def _only_tensors(file: pathlib.Path, state: object) -> dict[str, torch.Tensor]:

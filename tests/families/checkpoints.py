@@ -26,6 +26,8 @@ import transformers
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from fsvd_compile.families.storage import dynamic_map
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -767,6 +769,122 @@ def disguised(
     return Checkpoint(_write_directory(folder, config, state), "dense", reference, below)
 
 
+def _quantized(rows: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales in fp16) of each row: the nearest entries of the table to the row over its largest entry."""
+    scales = rows.abs().amax(dim=1)
+    codes = (rows / scales[:, None])[..., None].sub(table).abs().argmin(dim=-1)
+    return codes.to(torch.uint8), scales.half()
+
+
+def dobi_remapped(
+    folder: pathlib.Path,
+    build: Callable[[], transformers.PreTrainedModel] = _llama,
+    *,
+    ranks: dict[str, int] | None = None,
+) -> Checkpoint:
+    """Dobi-SVD remapped (modules/remapping.py, weight_updater.py): `remapping_weight.pt` beside a model directory.
+
+    Every linear layer but the head is in it, as 8-bit codes of U S and V^T (the singular values lie with the
+    longer factor) and the fp16 rest of the longer one. `pytorch_model.bin` has what has neither `self_attn.` nor
+    `mlp.` in its name, so of OPT's MLP the dense weights and biases too, but no bias of an attention layer.
+    `ranks` of the checkpoint are those that save parameters.
+    """
+    reference = build()
+    names = _pick_ranks(reference, some_dense=False)
+    table = dynamic_map()  # tested by itself; an ulp more or less turns roundings to fp16
+    mapping, below = {}, {}
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.half().float()
+    state = {
+        key: tensor.half()
+        for key, tensor in reference.state_dict().items()
+        if "self_attn." not in key and "mlp." not in key
+    }
+    for index, name in enumerate(names):
+        linear = reference.get_submodule(name)
+        (m, n), least = linear.weight.shape, min(linear.weight.shape)
+        k = (ranks or {}).get(name.rpartition(".")[2]) or (names[name], least - index % 3)[
+            index % 2
+        ]
+        u, s, v = torch.linalg.svd(linear.weight.data, full_matrices=False)
+        u, v = u[:, :k] * (s[:k] if m >= n else 1), v[:k] * (s[:k, None] if m < n else 1)
+        us, us_scales = _quantized(u[:least].T, table)
+        vt, vt_scales = _quantized(v[:, :least], table)
+        tail = ("us", u[least:].half()) if m > n else ("vt", v[:, least:].half()) if m < n else None
+        mapping[name] = {
+            "us_quan": us,
+            "vt_quan": vt,
+            "us_absmax": us_scales,
+            "vt_absmax": vt_scales,
+            "tuple_info": tail,
+        }
+        u = (table[us.long()] * us_scales.float()[:, None]).T.half()
+        v = (table[vt.long()] * vt_scales.float()[:, None]).half()
+        if tail is not None:
+            u, v = (torch.cat((u, tail[1])), v) if m > n else (u, torch.cat((v, tail[1]), dim=1))
+        linear.weight.data = u.float() @ v.float()
+        if k * (m + n) < m * n:
+            below[name] = k
+        else:
+            linear.weight.data = linear.weight.data.half().float()
+    _write_directory(folder, _config(reference, torch.float16), state, safe=False)
+    torch.save(mapping, folder / "remapping_weight.pt")
+    return Checkpoint(folder, "dobi", reference, below)
+
+
+def palu(
+    folder: pathlib.Path,
+    *,
+    kind: str = "llama",
+    bias: bool = False,
+    groups: int = 2,
+    ranks: dict[str, tuple[int, ...]] | None = None,
+) -> Checkpoint:
+    """Palu (shadowpa0327/Palu): only k and v, `VT` for all heads and one `U.i` for each group of them.
+
+    The ranks of the groups are in `head_wise_ranks`. As a pair, U is block-diagonal and the rank their sum.
+    """
+    reference = _mistral() if kind == "mistral" else _llama(bias=bias)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.half().float()
+    state = {key: tensor.half() for key, tensor in reference.state_dict().items()}
+    told, below = {}, {}
+    for index, layer in enumerate(reference.model.layers):
+        for p in ("k_proj", "v_proj"):
+            name = f"model.layers.{index}.self_attn.{p}"
+            linear = layer.self_attn.get_submodule(p)
+            m, n = linear.weight.shape
+            of_groups = (ranks or {}).get(p) or [
+                (3, 5, 4, 2)[(i + index) % 4] for i in range(groups)
+            ]
+            blocks = [
+                (torch.randn(m // len(of_groups), r) / math.sqrt(r)).half() for r in of_groups
+            ]
+            v = (torch.randn(sum(of_groups), n) / math.sqrt(n)).half()
+            del state[f"{name}.weight"]
+            state[f"{name}.VT.weight"] = v
+            for i, block in enumerate(blocks):
+                state[f"{name}.U.{i}.weight"] = block
+            if bias:
+                for i, part in enumerate(state.pop(f"{name}.bias").chunk(len(blocks))):
+                    state[f"{name}.U.{i}.bias"] = part.clone()
+            linear.weight.data = torch.block_diag(*blocks).float() @ v.float()
+            told[name] = list(of_groups)
+            if sum(of_groups) * (m + n) < m * n:
+                below[name] = sum(of_groups)
+            else:
+                linear.weight.data = linear.weight.data.half().float()
+    config = _config(
+        reference,
+        torch.float16,
+        model_type=f"palu{kind}",
+        architectures=[f"Palu{kind.capitalize()}ForCausalLM"],
+        head_wise_ranks=told,
+        original_model_name_or_path="a/base",
+    )
+    return Checkpoint(_write_directory(folder, config, state), "palu", reference, below)
+
+
 def _gpt2():
     config = transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64)
     return _randomize(transformers.GPT2LMHeadModel(config))
@@ -812,6 +930,12 @@ GENERATORS: dict[str, Callable[[pathlib.Path], Checkpoint]] = {
     ),
     "dobi-llama-pickle": _seeded(dobi_pickle),
     "dobi-llama-directory": _seeded(dobi_directory),
+    "dobi-llama-remapped": _seeded(dobi_remapped),
+    "dobi-llama-remapped-tied": _seeded(dobi_remapped, functools.partial(_llama, tied=True)),
+    "palu-llama": _seeded(palu),
+    "palu-llama-bias": _seeded(palu, bias=True),
+    "palu-llama-some-above-break-even": _seeded(palu, bias=True, ranks={"v_proj": (11, 12)}),
+    "palu-mistral-one-group": _seeded(palu, kind="mistral", groups=1),
     "basis-sharing-llama": _seeded(basis_sharing, layers=4),
     "basis-sharing-llama-odd-layers": _seeded(basis_sharing, layers=3),
     "lems-llama": _seeded(lems, functools.partial(_llama, bias=True)),

@@ -21,7 +21,7 @@ from fsvd_compile.errors import CheckpointError
 FAMILIES = {
     "svd-llm": "SVD-LLM", "ablinear": "LowRankArena", "asvd": "ASVD", "dobi": "Dobi-SVD",
     "basis-sharing": "Basis Sharing", "lems": "LEMS / KFAC-SVD", "zs-svd": "ZS-SVD", "aa-svd": "AA-SVD",
-    "fwsvd": "FWSVD", "pela": "PELA",
+    "fwsvd": "FWSVD", "pela": "PELA", "palu": "Palu",
 }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def only_dense(state):
         (poison, "NaN or inf"),
         (cut, "do not multiply to"),
         (add_unknown, "belong to no module: model.layers.0.adapter.weight"),
-        (make_codes, "quantized factors"),
+        (make_codes, "of quantized factors only"),
         (only_dense, "no factor pair"),
     ],
 )
