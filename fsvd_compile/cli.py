@@ -73,6 +73,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("source", help="a directory, or one weight file")
     _add_out(parser)
     parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="a PEFT LoRA adapter: joined to factors, merged where dense",
+    )
+    parser.add_argument(
         "--refactor",
         action="store_true",
         help="hold dense weights of low rank as factors again (an SVD of each dense weight)",
@@ -95,6 +100,7 @@ def _convert(args: argparse.Namespace) -> int:
     found = families.convert(
         args.source,
         args.out,
+        adapter=args.adapter,
         refactor=args.refactor,
         dtype=_dtype(args),
         overwrite=args.overwrite,

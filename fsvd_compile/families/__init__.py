@@ -19,6 +19,7 @@ from fsvd_compile.families.assemble import (
     is_common,
 )
 from fsvd_compile.families.hub import register
+from fsvd_compile.families.lora import read_adapter
 from fsvd_compile.families.native import check_free, save
 from fsvd_compile.families.report import Inspection
 from fsvd_compile.families.source import Source, read
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 def load(
     path: str | os.PathLike,
     *,
+    adapter: str | os.PathLike | None = None,
     refactor: bool = False,
     dtype: torch.dtype | None = None,
     device_map: Any = None,
@@ -44,6 +46,9 @@ def load(
 
     Args:
         path: A directory or file; see `families.source.read`.
+        adapter: A PEFT LoRA adapter directory, for the plain model or for the factorized one. On a factorized
+            module it becomes further ranks of the factors, exactly; into a dense weight it is merged
+            (`families.lora`). The base may then be dense altogether.
         refactor: Look for dense weights that are products of two factors (`families.disguise`), and hold
             them as factors again. An SVD of each dense weight, on the CPU.
         dtype: Of all parameters; by default what the config names, else that of most parameters.
@@ -57,21 +62,25 @@ def load(
         CheckpointError: the checkpoint cannot be read, is of no known family, contradicts its config, or
             nothing in it is factorized.
     """
-    return _built(*_factorized(path, refactor), dtype, device_map)
+    return _built(*_factorized(path, adapter, refactor), dtype, device_map)
 
 
-def _assembled(path: str | os.PathLike) -> tuple[Source, Assembly]:
+def _assembled(
+    path: str | os.PathLike, adapter: str | os.PathLike | None = None
+) -> tuple[Source, Assembly]:
     source = read(path)
     if is_common(source):
         source = completed(source)
-    return source, assemble(source)
+    return source, assemble(source, None if adapter is None else read_adapter(adapter))
 
 
-def _factorized(path: str | os.PathLike, refactor: bool) -> tuple[Source, Assembly]:
-    source, assembly = _assembled(path)
+def _factorized(
+    path: str | os.PathLike, adapter: str | os.PathLike | None, refactor: bool
+) -> tuple[Source, Assembly]:
+    source, assembly = _assembled(path, adapter)
     if refactor:
         assembly = assembly.refactored(disguises(assembly))
-    if not assembly.modules and not assembly.multiplied:
+    if not assembly.modules and not assembly.multiplied and adapter is None:
         searched = f", and none of {len(assembly.dense)} dense weights is of low rank" * refactor
         raise CheckpointError(
             f"{source.path}: no factor pair is found for any linear module of "
@@ -122,6 +131,7 @@ def convert(
     path: str | os.PathLike,
     out: str | os.PathLike,
     *,
+    adapter: str | os.PathLike | None = None,
     refactor: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -135,7 +145,7 @@ def convert(
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
     check_free(out, overwrite)
-    source, assembly = _factorized(path, refactor)
+    source, assembly = _factorized(path, adapter, refactor)
     save(_built(source, assembly, dtype, None), out, overwrite=overwrite, beside=source.folder)
     return Inspection.of(source, assembly)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fsvd_compile.errors import CheckpointError
 from fsvd_compile.families.adapters import DENSE, FAMILIES, Factors, Family, find, oriented
 from fsvd_compile.families.disguise import Disguised, undisguised
+from fsvd_compile.families.lora import Adapted, Adapter, joined, merge, rekeyed
 from fsvd_compile.families.native import METHOD, config_dict, linear_shape
 from fsvd_compile.families.source import Source, memory
 from fsvd_compile.families.storage import unpacked
@@ -63,6 +64,7 @@ class Assembly:
         dense: Linear modules that are dense in the checkpoint: their weights as `[out, in]`, None for one that
             is tied to another's.
         multiplied: The ranks of those of `dense` that were factorized in the checkpoint, see `storage`.
+        adapted: What became of a LoRA adapter.
         recovered: Those of `modules` that are dense in the checkpoint, with what was found in their weights.
     """
 
@@ -73,6 +75,7 @@ class Assembly:
     rest: dict[str, torch.Tensor]
     dense: dict[str, torch.Tensor | None]
     multiplied: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    adapted: Adapted | None = None
     recovered: Mapping[str, Disguised] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -108,15 +111,15 @@ class Assembly:
         )
 
 
-def assemble(source: Source) -> Assembly:
-    """Finds config, family, factors and everything else of a checkpoint.
+def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
+    """Finds config, family, factors and everything else of a checkpoint, and adds a LoRA adapter to it.
 
     One of a plain dense model has no factors; its family is `DENSE`.
 
     Raises:
         CheckpointError: the model type is unknown, neither factors nor dense weights are found, factors do
-            not fit the model, values are not finite, or tensors are missing or left over. Nothing was
-            built.
+            not fit the model, values are not finite, tensors are missing or left over, or the adapter
+            belongs to another model. Nothing was built.
     """
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
@@ -134,9 +137,18 @@ def assemble(source: Source) -> Assembly:
                 f"{', '.join(dict.fromkeys(f.name for f in FAMILIES))}."
             )
         family = next((f for f in FAMILIES if any(map(f.roles, stored.keys))), DENSE)
+    adapted, deltas = None, {}
+    if adapter is not None:
+        transposed = {n for n in shapes if type(skeleton.get_submodule(n)).__name__ == "Conv1D"}
+        adapter = rekeyed(adapter, _names((*adapter.deltas, *adapter.saved), skeleton, shapes))
+        pair_shapes = {name: shapes[name] for name in pairs}
+        adapted, deltas = merge(adapter, tensors, ties, transposed, pair_shapes)
     modules = {
         name: _module(name, pairs[name], tensors, shapes[name]) for name in shapes if name in pairs
     }
+    for name, delta in deltas.items():
+        u, v = joined(modules[name].u, modules[name].v, delta)
+        modules[name] = Module(u, v, modules[name].bias)
     _check_finite(source, modules)
     modules = _with_owners(modules, family)
     untied = [key for key in ties if key in tensors and not _equal(tensors, key, ties[key])]
@@ -153,7 +165,7 @@ def assemble(source: Source) -> Assembly:
         for name in shapes
         if name not in modules and (key := f"{name}.weight")
     }
-    return Assembly(family, config, model_class, modules, rest, dense, stored.multiplied)
+    return Assembly(family, config, model_class, modules, rest, dense, stored.multiplied, adapted)
 
 
 def _oriented(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -257,6 +269,13 @@ def _renamed(
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    names = _names(tensors, skeleton, shapes)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _names(names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """The plain model's name of each: with or without the prefix of its base, whichever fits more."""
+    names = list(names)
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model_prefix else ""
     expected = {*skeleton.state_dict(), *(f"{name}." for name in shapes)}
     renamings = (
@@ -266,15 +285,16 @@ def _renamed(
     )
 
     def fits(rename: Any) -> int:
-        return sum(any(part in expected for part in _parts(rename(name))) for name in tensors)
+        return sum(any(part in expected for part in _parts(rename(name))) for name in names)
 
     rename = max(renamings, key=fits)
-    return {rename(name): tensor for name, tensor in tensors.items()}
+    return {name: rename(name) for name in names}
 
 
 def _parts(name: str) -> Iterator[str]:
-    """The name itself and the modules it lies in, each with its dot."""
+    """The name itself, and as a module and the modules it lies in, each with its dot."""
     yield name
+    yield f"{name}."
     while "." in name:
         name = name.rpartition(".")[0]
         yield f"{name}."

@@ -13,6 +13,7 @@ from fsvd_compile.table import aligned, folded, pattern, span
 if TYPE_CHECKING:
     from fsvd_compile.families.assemble import Assembly
     from fsvd_compile.families.disguise import Disguised
+    from fsvd_compile.families.lora import Adapted
     from fsvd_compile.families.source import Source
 
 
@@ -50,6 +51,7 @@ class Inspection:
         dense: Names of linear modules that are dense.
         multiplied: The ranks of those of `dense` that the checkpoint holds as factors, which were multiplied
             out as they are no smaller as a pair.
+        adapted: What became of a LoRA adapter, None without one.
         disguised: Those of `dense` whose weights are of low rank; empty where that was not looked for.
         recovered: Those of `rows` whose factors come from a dense weight.
         parameters: Parameters of the model as stored, shared factors once.
@@ -64,6 +66,7 @@ class Inspection:
     rows: tuple[Row, ...]
     dense: tuple[str, ...]
     multiplied: dict[str, int]
+    adapted: Adapted | None
     disguised: tuple[Recovered, ...]
     recovered: tuple[Recovered, ...]
     parameters: int
@@ -97,6 +100,7 @@ class Inspection:
             rows,
             tuple(assembly.dense),
             dict(assembly.multiplied),
+            assembly.adapted,
             tuple(Recovered(name, f.rank, f.error) for name, f in (disguised or {}).items()),
             tuple(Recovered(name, f.rank, f.error) for name, f in assembly.recovered.items()),
             sum(t.numel() for t in state),
@@ -117,6 +121,7 @@ class Inspection:
             columns = [span([getattr(row, field) for row in group]) for field in fields]
             cells.append((name, str(len(group)), *columns, str(sum(row.shared for row in group))))
         lines += aligned(cells) if self.rows else []
+        lines += [] if self.adapted is None else [str(self.adapted)]
         lines += _recovered("recovered from a dense weight", self.recovered)
         told = {*self.multiplied, *(r.name for r in self.disguised)}
         dense = (name for name in self.dense if name not in told)

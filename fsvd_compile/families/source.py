@@ -61,10 +61,10 @@ def read(path: str | os.PathLike) -> Source:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        config = _config(path)
+        config = read_json(path / "config.json")
         files = _weight_files(path)
     elif path.is_file():
-        config = _config(path.parent) if (path.parent / "config.json").is_file() else {}
+        config = read_json(path.parent / "config.json")
         files = (path,)
     else:
         raise CheckpointError(f"{path}: there is no such file or directory.")
@@ -95,8 +95,12 @@ def _with_class(
     return config
 
 
-def _config(folder: pathlib.Path) -> dict[str, Any]:
-    file = folder / "config.json"
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:

@@ -885,6 +885,62 @@ def palu(
     return Checkpoint(_write_directory(folder, config, state), "palu", reference, below)
 
 
+def lora(
+    folder: pathlib.Path,
+    reference: transformers.PreTrainedModel,
+    targets: Iterable[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    merged_dtype: torch.dtype | None = None,
+    safe: bool = True,
+    **config: object,
+) -> pathlib.Path:
+    """An adapter as PEFT's `save_pretrained` writes it, which is added to the weights of `reference`.
+
+    Ranks and scales differ from one module to the next (`rank_pattern`, `alpha_pattern`). `merged_dtype` is
+    that to which dense weights are rounded with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "a/base",
+        "r": 4,
+        "lora_alpha": 6,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        **config,
+    }
+    state = {}
+    for index, name in enumerate(targets):
+        r = (4, 3, 5)[index % 3]
+        if r != 4:
+            settings["rank_pattern"][name] = r
+        if index % 2:
+            settings["alpha_pattern"][name.removeprefix("model.")] = 2.5
+        linear = reference.get_submodule(name)
+        flip = type(linear).__name__ == "Conv1D"
+        m, n = linear.weight.T.shape if flip else linear.weight.shape
+        a, b = torch.randn(r, n, dtype=dtype) / 8, torch.randn(m, r, dtype=dtype) / 8
+        state[f"base_model.model.{name}.lora_A.weight"] = a
+        state[f"base_model.model.{name}.lora_B.weight"] = b
+        scale = (2.5 if index % 2 else 6) / (math.sqrt(r) if settings["use_rslora"] else r)
+        change = scale * (b.double() @ a.double()).float()
+        weight = linear.weight.data + (change.T if flip else change)
+        linear.weight.data = weight.to(merged_dtype or torch.float32).float()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    if safe:
+        safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+    else:
+        torch.save(state, folder / "adapter_model.bin")
+    return folder
+
+
 def _gpt2():
     config = transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=64)
     return _randomize(transformers.GPT2LMHeadModel(config))
