@@ -307,8 +307,8 @@ def _module(
     for key, tensor in ((factors.first, a), (factors.second, b)):
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{key} is {tensor.dtype}: of quantized factors only Dobi-SVD's remapped ones are read; "
-                "export the checkpoint without quantization."
+                f"{key} is {tensor.dtype}, quantized without the scales that Dobi-SVD, ZS-SVD and AA-SVD "
+                "write beside; export the checkpoint without quantization."
             )
     u, v, first_is_v = oriented(name, a, b, *shape)
     v_key = factors.first if first_is_v else factors.second

@@ -33,6 +33,8 @@ class Harvest:
         config_class: "module.Name" of the config, None if there is none or it is a plain dict.
         model_class: "module.Name" of the model, None for a state dict.
         classes: "module.Name" of every sub-module by its dotted name; the model itself is not in it.
+        beside: What else a saved dict holds under str keys, beside the model: tensors, None, bool, int, float,
+            str, and dicts and lists of them. Objects are left out.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -40,6 +42,7 @@ class Harvest:
     config_class: str | None
     model_class: str | None
     classes: dict[str, str]
+    beside: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def harvest(path: str | os.PathLike) -> Harvest:
@@ -109,12 +112,16 @@ def _harvest(saved: Any, where: str) -> Harvest:
     model = _find_model(saved, set())
     if model is None:
         model = _only_module(saved, where)
+    beside = {}
+    if type(saved) is dict and saved is not model:
+        others = {key: value for key, value in saved.items() if key not in _MODEL_KEYS}
+        beside = _plain_dict(others, {id(saved)}, tensors=True)
     if type(model) is dict:
         tensors = {}
         for name, value in model.items():
             if isinstance(value, torch.Tensor) or _is_unread_tensor(value):
                 tensors[_name(name, where)] = _tensor(name, value, where)
-        return Harvest(tensors, {}, None, None, {})
+        return Harvest(tensors, {}, None, None, {}, beside)
     tensors, classes = {}, {}
     _walk(model, "", set(), tensors, classes, where)
     config = _attributes(model).get("config")
@@ -125,6 +132,7 @@ def _harvest(saved: Any, where: str) -> Harvest:
         config_class=config.path if isinstance(config, Inert) else None,
         model_class=model.path,
         classes=classes,
+        beside=beside,
     )
 
 
@@ -234,8 +242,12 @@ def _kind(value: Any) -> str:
     return value.path if isinstance(value, Inert) else type(value).__name__
 
 
-def _plain(value: Any, above: set[int]) -> Any:
-    """`value` in JSON's types, `_OMIT` for what has no place there."""
+def _plain(value: Any, above: set[int], tensors: bool = False) -> Any:
+    """`value` in JSON's types, `_OMIT` for what has no place there; with `tensors`, data alone and those too."""
+    if tensors and isinstance(value, torch.Tensor):
+        return value
+    if tensors and isinstance(value, Inert | Global):
+        return _OMIT
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.dtype):
@@ -247,9 +259,9 @@ def _plain(value: Any, above: set[int]) -> Any:
     above.add(id(value))
     plain: Any = _OMIT
     if type(value) is dict:
-        plain = _plain_dict(value, above)
+        plain = _plain_dict(value, above, tensors)
     elif type(value) in (list, tuple, set, frozenset):
-        items = (_plain(item, above) for item in value)
+        items = (_plain(item, above, tensors) for item in value)
         plain = [item for item in items if item is not _OMIT]
     elif isinstance(value, Inert):
         pairs = [item for item in value.items if type(item) is tuple and len(item) == 2]
@@ -264,12 +276,12 @@ def _plain(value: Any, above: set[int]) -> Any:
     return plain
 
 
-def _plain_dict(value: dict, above: set[int]) -> dict[str, Any]:
+def _plain_dict(value: dict, above: set[int], tensors: bool = False) -> dict[str, Any]:
     out = {}
     for key, item in value.items():
         if key is not None and type(key) not in (bool, int, float, str):
             continue
-        plain = _plain(item, above)
+        plain = _plain(item, above, tensors)
         if plain is not _OMIT:
             out[str(key)] = plain
     return out

@@ -28,6 +28,7 @@ class Source:
             Names that shared memory in the file share it here.
         files: The weight files, in order.
         classes: Class paths of a pickled model's modules by name; empty for other formats.
+        beside: What a pickle holds beside the model, as far as it is data; empty for other formats.
     """
 
     path: pathlib.Path
@@ -35,6 +36,7 @@ class Source:
     tensors: dict[str, torch.Tensor]
     files: tuple[pathlib.Path, ...]
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    beside: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def architecture(self) -> str | None:
@@ -71,7 +73,7 @@ def read(path: str | os.PathLike) -> Source:
     if len(files) == 1 and files[0].suffix in _PICKLES:
         found = harvest(files[0])
         config = config or _with_class(found.config, found.config_class, found.model_class)
-        return Source(path, config, found.tensors, files, found.classes)
+        return Source(path, config, found.tensors, files, found.classes, found.beside)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         for name, tensor in _state_dict(file).items():

@@ -1,13 +1,13 @@
-"""Factors that a checkpoint stores otherwise than as two weights, as two weights: Dobi-SVD's 8-bit codes and
-Palu's block-diagonal second factor.
+"""Factors that a checkpoint stores otherwise than as two weights, as two weights: 8-bit codes, directories of
+modules, Palu's block-diagonal second factor.
 
-Both can be larger as an ordinary pair than multiplied out; then they are multiplied out, which the summary says.
+Some can be larger as an ordinary pair than multiplied out; then they are multiplied out, which the summary says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fsvd_compile.errors import CheckpointError
+from fsvd_compile.families.codes import remapped, rowwise
 from fsvd_compile.families.source import Source, torch_load
 
 REMAPPED = "remapping_weight.pt"
@@ -52,6 +53,8 @@ def unpacked(
     out = Unpacked(dict(tensors))
     if (source.folder / REMAPPED).is_file():
         _add_remapped(out, source, shapes)
+    _add_rowwise(out, source, shapes)
+    _add_directories(out, source, shapes)
     _add_grouped(out, source, shapes)
     return out
 
@@ -74,35 +77,10 @@ def _add(out: Unpacked, name: str, u: torch.Tensor, v: torch.Tensor, keys: tuple
 # Dobi-SVD.
 
 
-@functools.cache
-def dynamic_map() -> torch.Tensor:
-    """The 256 values of bitsandbytes' signed dynamic 8-bit type, rising, in fp32.
-
-    A code has a sign, a decimal exponent of 0 to -6 written in unary, and a linear fraction in the bits that
-    are left: of each decade from 1e-6 to 1 the centres of 2^i equal parts of [0.1, 1], i = 0 for the
-    lowest. 0 and 1 fill the two codes left over, so the least value is about -0.993, not -1.
-    (arXiv 1511.04561 and 2110.02861; `create_dynamic_map` of bitsandbytes/functional.py.)
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for bits in range(7):
-        edges = torch.linspace(0.1, 1, 2**bits + 1)
-        centres = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (bits - 6)
-        values += [centres, -centres]
-    return torch.cat(values).sort().values
-
-
-def dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`codes [r, n]` of `dynamic_map`, each row times its entry of `scales [r]`, in fp32."""
-    return dynamic_map()[codes.long()] * scales.float()[:, None]
-
-
 def _add_remapped(out: Unpacked, source: Source, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Dobi-SVD's remapped weights (arXiv 2502.02723; `modules/remapping.py` of wangqinsi1/Dobi-SVD).
+    """Dobi-SVD's remapped modules, of the file beside the model's.
 
-    Per module and rank the first min(out, in) entries of U's column and of V's row as 8-bit codes with a scale
-    each, the rest of the longer of the two in fp16: `us_quan` and `vt_quan` `[k, min]` uint8, `us_absmax`
-    and `vt_absmax` `[k]`, `tuple_info` ("us", `[out - in, k]`), ("vt", `[k, in - out]`) or None. As in the
-    family's loader the factors are fp16, and take the place of a weight that stands in the model's file too.
+    As in the family's loader they take the place of a weight that stands in the model's file too.
     """
     file = source.folder / REMAPPED
     modules = torch_load(file)
@@ -114,53 +92,106 @@ def _add_remapped(out: Unpacked, source: Source, shapes: Mapping[str, tuple[int,
                 f"{file} holds factors of {str(name)[:80]!r}, which is no linear module of the model that "
                 "config.json describes."
             )
-        u, v = _remapped(f"{file}: {name}", entry, *shapes[name])
+        u, v = remapped(f"{file}: {name}", entry, *shapes[name])
         out.tensors.pop(f"{name}.weight", None)
         _add(out, name, u, v, ("vt", "us"))
 
 
-def _remapped(where: str, entry: Any, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U `[m, k]`, V `[k, n]`) in fp16 of one module's entry."""
-    names = ("us_quan", "vt_quan", "us_absmax", "vt_absmax")
-    parts = [entry.get(name) if isinstance(entry, dict) else None for name in names]
-    if not all(isinstance(part, torch.Tensor) for part in parts):
-        raise CheckpointError(f"{where} has not all of {', '.join(names)}.")
-    us, vt, us_scales, vt_scales = parts
-    rank, least = (us.shape[0] if us.dim() else 0), min(m, n)
-    side, tail = entry.get("tuple_info") or (None, None)
-    expected = {
-        "us_quan": (us, torch.uint8, (rank, least)),
-        "vt_quan": (vt, torch.uint8, (rank, least)),
-        "us_absmax": (us_scales, us_scales.dtype, (rank,)),
-        "vt_absmax": (vt_scales, vt_scales.dtype, (rank,)),
-    }
-    if m != n:
-        shape = (m - n, rank) if m > n else (rank, n - m)
-        expected["tuple_info"] = (tail, torch.float16, shape)
-    for part, (tensor, dtype, shape) in expected.items():
-        fits = isinstance(tensor, torch.Tensor) and tuple(tensor.shape) == shape
-        if not fits or tensor.dtype != dtype or rank < 1:
-            given = (
-                f"{list(tensor.shape)} {tensor.dtype}"
-                if isinstance(tensor, torch.Tensor)
-                else type(tensor).__name__
-            )
-            raise CheckpointError(
-                f"{where}: {part} is {given}; for a module [{m}, {n}] of rank {rank} it has to be "
-                f"{list(shape)} {dtype}."
-            )
-        if dtype.is_floating_point and not tensor.isfinite().all():
-            raise CheckpointError(f"{where}: {part} holds NaN or inf.")
-    if side != ("us" if m > n else "vt" if m < n else None):
+# ZS-SVD.
+
+
+def _add_rowwise(out: Unpacked, source: Source, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """ZS-SVD's `--quantize_8_bit` (`utils/quant_utils.py` of mint-vu/Zero-Sum-SVD).
+
+    Codes lie in the pickled model in the place of the weights, factors and dense ones alike; `mapping_info` beside
+    the model has the scales of their rows, by "layer<i>.<name in the layer>".
+    """
+    info = source.beside.get("mapping_info")
+    if info is None:
+        return
+    meta = info.get("meta") if isinstance(info, dict) else None
+    modules = info.get("modules") if isinstance(info, dict) else None
+    known = {"scheme": "bnb_rowwise_uint8", "code_kind": "dynamic_map"}
+    if meta != known or not isinstance(modules, dict):
         raise CheckpointError(
-            f"{where}: tuple_info names {side!r} as the longer factor of a module [{m}, {n}]."
+            f"{source.path}: mapping_info describes {str(meta)[:80]}; {known} with a dict of modules is read."
         )
-    u, v = dequantized(us, us_scales).T.half(), dequantized(vt, vt_scales).half()
-    if m > n:
-        u = torch.cat((u, tail))
-    elif m < n:
-        v = torch.cat((v, tail), dim=1)
-    return u.contiguous(), v
+    for key, entry in modules.items():
+        layer, _, inside = str(key).partition(".")
+        end = f".{layer.removeprefix('layer')}.{inside}"
+        names = [name for name in shapes if name.endswith(end)]
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        parts = {"lowrank": {"u": "u_proj.weight", "v": "v_proj.weight"}, "dense": {"w": "weight"}}
+        if len(names) != 1 or kind not in parts:
+            raise CheckpointError(
+                f"{source.path}: mapping_info has {str(key)[:80]!r} of kind {kind!r}; it takes one module of a "
+                "layer, as 'layer0.mlp.up_proj', and 'lowrank' or 'dense'."
+            )
+        for side, part in parts[kind].items():
+            weight = f"{names[0]}.{part}"
+            scales = entry.get(f"{side}_absmax")
+            out.tensors[weight] = rowwise(
+                f"{source.path}: {weight}", out.tensors.get(weight), scales
+            )
+
+
+# AA-SVD.
+
+_DOBI = {"UK_q": "us_quan", "VK_q": "vt_quan", "UK_absmax": "us_absmax", "VK_absmax": "vt_absmax"}
+
+
+def _add_directories(out: Unpacked, source: Source, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """AA-SVD's directories, one a module, beside the base model's files (`CompressedLinear.save` and
+    `ModelAdapter.load` of atulkumarin/AA-SVD).
+
+    Named as the module with _ for dots: `U.pt` `[out, r]` and `V.pt` `[in, r]`, or both as codes, like Dobi-SVD's
+    remapped ones; of a norm that was trained further `state_dict.pt`. The bias is the base's.
+    """
+    found = False
+    for name, (m, n) in shapes.items():
+        folder = source.folder / name.replace(".", "_")
+        if not folder.is_dir():
+            continue
+        parts = {file.stem: torch_load(file) for file in sorted(folder.glob("*.pt"))}
+        if "UK_q" in parts:
+            entry = {dobi: parts.get(part) for part, dobi in _DOBI.items()}
+            rest = parts.get("rem")
+            if m != n and isinstance(rest, torch.Tensor) and rest.dim() == 2:
+                entry["tuple_info"] = ("us", rest) if m > n else ("vt", rest.T)
+            u, v = remapped(str(folder), entry, m, n)
+        else:
+            u, v = _plain(folder, parts, m, n)
+        bias = parts.get("bias")
+        if isinstance(bias, torch.Tensor):
+            out.tensors.setdefault(f"{name}.bias", bias)
+        out.tensors.pop(f"{name}.weight", None)
+        out.tensors.update({f"{name}.V.weight": v, f"{name}.U.weight": u})
+        found = True
+    if found:
+        for key in list(out.tensors):
+            name, _, parameter = key.rpartition(".")
+            file = source.folder / name.replace(".", "_") / "state_dict.pt"
+            if name not in shapes and file.is_file():
+                trained = torch_load(file)
+                value = trained.get(parameter) if isinstance(trained, dict) else None
+                if not isinstance(value, torch.Tensor) or value.shape != out.tensors[key].shape:
+                    raise CheckpointError(f"{file} has no {parameter} of the shape of {key}.")
+                out.tensors[key] = value
+
+
+def _plain(
+    folder: pathlib.Path, parts: Mapping[str, Any], m: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    u, v, s = (parts.get(part) for part in "UVS")
+    shapes = [tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in (u, v)]
+    rank = shapes[0][-1] if shapes[0] else 0
+    if shapes != [(m, rank), (n, rank)] or s is not None:
+        given = ", ".join(f"{part}.pt {shape}" for part, shape in zip("UV", shapes, strict=True))
+        raise CheckpointError(
+            f"{folder} has {given}{' and S.pt' * (s is not None)}; a module [{m}, {n}] takes U.pt [{m}, r] and "
+            f"V.pt [{n}, r], or both as codes (UK_q.pt and its like)."
+        )
+    return u, v.T
 
 
 # Palu.

@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from fsvd_compile.families.storage import dynamic_map
+from fsvd_compile.families.codes import dynamic_map
 
 SIZES = {
     "vocab_size": 97,
@@ -314,14 +314,16 @@ def _importable(*classes: type) -> Iterator[None]:
         yield
 
 
-def _save_pickle(file: pathlib.Path, model: nn.Module, *classes: type) -> pathlib.Path:
+def _save_pickle(
+    file: pathlib.Path, model: nn.Module, *classes: type, more: dict | None = None
+) -> pathlib.Path:
     """`torch.save` of a whole model with its tokenizer, both of classes that the reader does not have."""
     tokenizer_class = _foreign_class("foreign_tokenizers.llama", "LlamaTokenizer", object)
     tokenizer = tokenizer_class()
     tokenizer.padding_side = "left"
     file.parent.mkdir(parents=True, exist_ok=True)
     with _importable(tokenizer_class, *classes):
-        torch.save({"model": model, "tokenizer": tokenizer}, file)
+        torch.save({"model": model, "tokenizer": tokenizer, **(more or {})}, file)
     return file
 
 
@@ -684,8 +686,12 @@ def zs_svd_directory(folder: pathlib.Path, *, names_ranks: bool) -> Checkpoint:
     return Checkpoint(folder, "zs-svd", reference, ranks)
 
 
-def zs_svd_pickle(folder: pathlib.Path) -> Checkpoint:
-    """ZS-SVD as it saves itself: a pickled model with LowRankLinear where a module was worth factorizing."""
+def zs_svd_pickle(folder: pathlib.Path, *, quantized: bool = False) -> Checkpoint:
+    """ZS-SVD as it saves itself: a pickled model with LowRankLinear where a module was worth factorizing.
+
+    `quantized` is its `--quantize_8_bit`: codes in the place of the weights of every layer's linear modules, the
+    scales of their rows in `mapping_info` beside the model.
+    """
     reference = _llama(tied=True)
     ranks = _pick_ranks(reference)
     factors = _compress(reference, ranks, torch.float16)
@@ -700,8 +706,37 @@ def zs_svd_pickle(folder: pathlib.Path) -> Checkpoint:
         layer.v_proj = _lying_linear(pair.v, None)
         layer.u_proj = _lying_linear(pair.u, None)
         model.set_submodule(name, layer)
-    file = _save_pickle(folder / "stage01_after_truncation_fp16.pt", model, layer_class)
+    more = {}
+    if quantized:
+        dense = (name for name in _pick_ranks(reference, some_dense=False) if name not in ranks)
+        info = {name: _zs_quantize(reference, model, name, "dense") for name in dense}
+        info |= {name: _zs_quantize(reference, model, name, "lowrank") for name in ranks}
+        info = {name.replace("model.layers.", "layer"): entry for name, entry in info.items()}
+        meta = {"scheme": "bnb_rowwise_uint8", "code_kind": "dynamic_map"}
+        more = {
+            "mapping_info": {"meta": meta, "modules": info},
+            "quantize_8_bit": True,
+            "model_name": "a/base",
+        }
+    file = folder / "stage01_after_truncation_fp16.pt"
+    _save_pickle(file, model, layer_class, more=more)
     return Checkpoint(file, "zs-svd", reference, ranks)
+
+
+def _zs_quantize(reference: nn.Module, model: nn.Module, name: str, kind: str) -> dict[str, object]:
+    """Put codes into a module, what they stand for into the reference, and give its entry of `mapping_info`."""
+    module = model.get_submodule(name)
+    parts = {"w": module} if kind == "dense" else {"u": module.u_proj, "v": module.v_proj}
+    entry, again = {"kind": kind}, {}
+    for side, part in parts.items():
+        codes, scales = _quantized(part.weight.data.float(), dynamic_map())
+        part.weight = nn.Parameter(codes, requires_grad=False)
+        entry |= {f"{side}_absmax": scales, f"{side}_requires_grad": True}
+        again[side] = (dynamic_map()[codes.long()] * scales.float()[:, None]).half().float()
+    reference.get_submodule(name).weight.data = (
+        again["w"] if kind == "dense" else again["u"] @ again["v"]
+    )
+    return entry
 
 
 def aa_svd(folder: pathlib.Path, *, bias: bool = False) -> Checkpoint:
@@ -712,6 +747,56 @@ def aa_svd(folder: pathlib.Path, *, bias: bool = False) -> Checkpoint:
     state = _state(reference, factors, _pair(v="V", u="U"), torch.float16)
     config = _config(reference, torch.float16)
     return Checkpoint(_write_directory(folder, config, state), "aa-svd", reference, ranks)
+
+
+def aa_svd_directories(
+    folder: pathlib.Path, *, bias: bool = False, quantized: bool = False
+) -> Checkpoint:
+    """AA-SVD's directories of one module each, beside the base model they belong to: V is stored `[in, rank]`.
+
+    Norms of the layers were trained further and have a `state_dict.pt`. `quantized` is its `dobi_remapping`:
+    codes of the first min(out, in) rows of both factors, the other rows of the longer one in fp16.
+    """
+    base = _llama(bias=bias)
+    for parameter in base.parameters():
+        parameter.data = parameter.data.half().float()
+    state = {key: tensor.half() for key, tensor in base.state_dict().items()}
+    _write_directory(folder, _config(base, torch.float16), state)
+    reference = base
+    ranks = _pick_ranks(reference)
+    factors = _compress(reference, ranks, torch.float16)
+    for name, pair in factors.items():
+        parts = {"U": pair.u, "V": pair.v.T.contiguous()}
+        (m, n), least = (
+            reference.get_submodule(name).weight.shape,
+            min(len(pair.u), pair.v.shape[1]),
+        )
+        if quantized:
+            u, v, table = pair.u.float(), pair.v.T.float(), dynamic_map()
+            (uq, us), (vq, vs) = _quantized(u[:least].T, table), _quantized(v[:least].T, table)
+            rest = (u if m > n else v)[least:].half()
+            parts = {"UK_q": uq, "UK_absmax": us, "VK_q": vq, "VK_absmax": vs, "rem": rest}
+            parts["swapped"] = torch.tensor(m > n)
+            u, v = (
+                (table[q.long()] * s.float()[:, None]).T.half() for q, s in ((uq, us), (vq, vs))
+            )
+            u, v = (torch.cat((u, rest)), v) if m > n else (u, torch.cat((v, rest)))
+            reference.get_submodule(name).weight.data = u.float() @ v.T.float()
+        _write_parts(folder / name.replace(".", "_"), parts)
+    for index, layer in enumerate(reference.model.layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weight = (1 + 0.2 * torch.randn(SIZES["hidden_size"])).half()
+            layer.get_submodule(norm).weight.data = weight.float()
+            _write_parts(
+                folder / f"model_layers_{index}_{norm}", {"state_dict": {"weight": weight}}
+            )
+    return Checkpoint(folder, "aa-svd", reference, ranks)
+
+
+def _write_parts(folder: pathlib.Path, parts: dict[str, object]) -> None:
+    folder.mkdir()
+    for name, part in parts.items():
+        torch.save(part, folder / f"{name}.pt")
 
 
 def fwsvd(folder: pathlib.Path) -> Checkpoint:
@@ -999,6 +1084,10 @@ GENERATORS: dict[str, Callable[[pathlib.Path], Checkpoint]] = {
     "zs-svd-llama": _seeded(zs_svd_directory, names_ranks=True),
     "zs-svd-llama-plain-config": _seeded(zs_svd_directory, names_ranks=False),
     "zs-svd-llama-pickle": _seeded(zs_svd_pickle),
+    "zs-svd-llama-pickle-8-bit": _seeded(zs_svd_pickle, quantized=True),
+    "aa-svd-llama-directories": _seeded(aa_svd_directories),
+    "aa-svd-llama-directories-bias": _seeded(aa_svd_directories, bias=True),
+    "aa-svd-llama-directories-8-bit": _seeded(aa_svd_directories, quantized=True),
     "aa-svd-llama": _seeded(aa_svd),
     "aa-svd-llama-bias": _seeded(aa_svd, bias=True),
     "fwsvd-bert": _seeded(fwsvd),

@@ -204,7 +204,7 @@ def only_dense(state):
         (poison, "NaN or inf"),
         (cut, "do not multiply to"),
         (add_unknown, "belong to no module: model.layers.0.adapter.weight"),
-        (make_codes, "of quantized factors only"),
+        (make_codes, "quantized without the scales"),
         (only_dense, "no factor pair"),
     ],
 )

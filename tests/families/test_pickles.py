@@ -821,3 +821,31 @@ def test_flipped_bytes(tmp_path, foreign, part):
             )
     assert outcomes == {"refused", "read"}
     assert not marker.exists()
+
+
+def test_what_lies_beside_the_model(tmp_path):
+    """Data is taken, objects and classes are left out, and nothing of them is called."""
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    scales = torch.arange(3.0)
+    data = {"scales": scales, "meta": {"bits": 8, 3: [1, None, "x", scales]}, "loop": []}
+    data["loop"].append(data)
+    file = tmp_path / "model.pt"
+    saved = {
+        "model": {"w": torch.ones(2)},
+        "info": data,
+        "tokenizer": Hostile(),
+        "kind": torch.nn.Linear,
+    }
+    torch.save(saved, file)
+    found = harvest(file)
+    assert set(found.tensors) == {"w"} and set(found.beside) == {"info"}
+    info = found.beside["info"]
+    assert torch.equal(info["scales"], scales) and info["meta"]["bits"] == 8 and info["loop"] == []
+    assert info["meta"]["3"][:3] == [1, None, "x"] and torch.equal(info["meta"]["3"][3], scales)
+    assert not (tmp_path / "ran").exists()
+    torch.save({"w": torch.ones(2), "info": data}, file)
+    assert harvest(file).beside == {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import shutil
+import zipfile
 
 import checkpoints
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fsvd_compile import LowRankLinear, families
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.families.storage import dequantized, dynamic_map
+from fsvd_compile.families.codes import dequantized, dynamic_map
 
 REMAPPED = "remapping_weight.pt"
 Q, K, DOWN = (
@@ -218,4 +220,69 @@ def test_a_fused_palu_model_is_refused(tmp_path):
     state[key] = torch.ones(48, 20, dtype=torch.float16)
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="have another shape"):
+        families.load(made.path)
+
+
+def edit_info(file, old, new):
+    """Replaces bytes of a pickled model's pickle, whose classes are nowhere to be saved from again."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data.replace(old, new) if name.endswith("data.pkl") else data)
+
+
+@pytest.mark.parametrize(
+    "edit,says",
+    [
+        ((b"bnb_rowwise_uint8", b"bnb_colwise_uint8"), "mapping_info describes"),
+        ((b"layer1.mlp.up_proj", b"layer9.mlp.up_proj"), "'layer9.mlp.up_proj' of kind"),
+        ((b"lowrank", b"lowtank"), "of kind 'lowtank'"),
+        ((b"u_absmax", b"u_abssum"), "codes and scales are .*NoneType"),
+        ((b"mapping_info", b"mapping_none"), "quantized without the scales"),
+    ],
+)
+def test_bad_rowwise_codes(tmp_path, edit, says):
+    made = checkpoints.GENERATORS["zs-svd-llama-pickle-8-bit"](tmp_path)
+    edit_info(made.path, *edit)
+    with pytest.raises(CheckpointError, match=says):
+        families.load(made.path)
+
+
+AA = "model_layers_1_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    "kind,part,value,says",
+    [
+        ("directories", "V", None, r"U\.pt \(48, 9\), V\.pt None"),
+        ("directories", "V", torch.ones(9, 48), r"takes U\.pt \[48, r\]"),
+        ("directories", "U", torch.ones(48, 9) * float("inf"), "NaN or inf"),
+        ("directories", "S", torch.ones(9), r"and S\.pt"),
+        ("directories-8-bit", "VK_q", None, "has not all of"),
+        ("directories-8-bit", "UK_absmax", torch.ones(3), "us_absmax is"),
+    ],
+)
+def test_bad_directories(tmp_path, kind, part, value, says):
+    made = checkpoints.GENERATORS[f"aa-svd-llama-{kind}"](tmp_path)
+    file = made.path / AA / f"{part}.pt"
+    if value is None:
+        file.unlink()
+    else:
+        torch.save(value, file)
+    with pytest.raises(CheckpointError, match=says):
+        families.load(made.path)
+
+
+def test_trained_norms_are_of_their_shape(tmp_path):
+    made = checkpoints.GENERATORS["aa-svd-llama-directories"](tmp_path)
+    torch.save(
+        {"weight": torch.ones(3)}, made.path / "model_layers_0_input_layernorm/state_dict.pt"
+    )
+    with pytest.raises(CheckpointError, match="has no weight of the shape"):
+        families.load(made.path)
+    shutil.rmtree(made.path / "model_layers_0_input_layernorm")
+    families.load(made.path)  # the base's norm
+    (made.path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         families.load(made.path)
