@@ -163,13 +163,38 @@ def _pairs(
         yield module, Factors(keys[0], keys[1], biases)
 
 
+def is_swapped(
+    pairs: Mapping[str, Factors],
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+) -> bool:
+    """Whether U comes before V in the order of the names, wherever shapes tell: square full-rank factors do not.
+
+    A checkpoint is written by one code in one order. Where none of its pairs tells, or they disagree, it is the
+    order of the family's names.
+    """
+    orders = set()
+    for name, factors in pairs.items():
+        a, b = tensors[factors.first].shape, tensors[factors.second].shape
+        plain = a[0] == b[1] and (b[0], a[1]) == shapes[name]
+        swapped = b[0] == a[1] and (a[0], b[1]) == shapes[name]
+        if plain != swapped:
+            orders.add(swapped)
+    return orders == {True}
+
+
 def oriented(
-    module: str, a: torch.Tensor, b: torch.Tensor, out_features: int, in_features: int
+    module: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    swap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """(U, V, whether V is `a`) of two factors in whichever order and orientation they were stored.
 
     Of all that multiply to `[out_features, in_features]` the one with the smallest rank is meant; of
-    equals, the one that was stored as two `nn.Linear` in the order of the names.
+    equals, the one that was stored as two `nn.Linear` in the order of the names, or with `swap` in the other.
 
     Raises:
         CheckpointError: they do not multiply to that shape either way.
@@ -179,11 +204,11 @@ def oriented(
         first, second = (t.T if flips & bit else t for t, bit in ((a, 1), (b, 2)))
         for swapped, (v, u) in enumerate(((first, second), (second, first))):
             if v.shape[0] == u.shape[1] and (u.shape[0], v.shape[1]) == (out_features, in_features):
-                candidates.append((v.shape[0], flips, swapped, u, v))
+                candidates.append((v.shape[0], flips, swapped != swap, swapped, u, v))
     if not candidates:
         raise CheckpointError(
             f"{module}: factors {list(a.shape)} and {list(b.shape)} do not multiply to the module's "
             f"[{out_features}, {in_features}]; the config or a factor belongs to another model."
         )
-    _, _, swapped, u, v = min(candidates, key=lambda c: c[:3])
+    *_, swapped, u, v = min(candidates, key=lambda c: c[:3])
     return u, v, not swapped

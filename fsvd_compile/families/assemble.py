@@ -14,7 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.families.adapters import DENSE, FAMILIES, Factors, Family, find, oriented
+from fsvd_compile.families.adapters import (
+    DENSE,
+    FAMILIES,
+    Factors,
+    Family,
+    find,
+    is_swapped,
+    oriented,
+)
 from fsvd_compile.families.disguise import Disguised, undisguised
 from fsvd_compile.families.lora import Adapted, Adapter, joined, merge, rekeyed
 from fsvd_compile.families.native import METHOD, config_dict, linear_shape
@@ -143,8 +151,11 @@ def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
         adapter = rekeyed(adapter, _names((*adapter.deltas, *adapter.saved), skeleton, shapes))
         pair_shapes = {name: shapes[name] for name in pairs}
         adapted, deltas = merge(adapter, tensors, ties, transposed, pair_shapes)
+    swap = is_swapped(pairs, tensors, shapes)
     modules = {
-        name: _module(name, pairs[name], tensors, shapes[name]) for name in shapes if name in pairs
+        name: _module(name, pairs[name], tensors, shapes[name], swap)
+        for name in shapes
+        if name in pairs
     }
     for name, delta in deltas.items():
         u, v = joined(modules[name].u, modules[name].v, delta)
@@ -301,7 +312,11 @@ def _parts(name: str) -> Iterator[str]:
 
 
 def _module(
-    name: str, factors: Factors, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]
+    name: str,
+    factors: Factors,
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    swap: bool,
 ) -> Module:
     a, b = tensors[factors.first], tensors[factors.second]
     for key, tensor in ((factors.first, a), (factors.second, b)):
@@ -310,7 +325,7 @@ def _module(
                 f"{key} is {tensor.dtype}, quantized without the scales that Dobi-SVD, ZS-SVD and AA-SVD "
                 "write beside; export the checkpoint without quantization."
             )
-    u, v, first_is_v = oriented(name, a, b, *shape)
+    u, v, first_is_v = oriented(name, a, b, *shape, swap)
     v_key = factors.first if first_is_v else factors.second
     bias = None
     for key in factors.biases:

@@ -580,16 +580,21 @@ def dobi_pickle(folder: pathlib.Path) -> Checkpoint:
     return Checkpoint(file, "dobi", reference, ranks)
 
 
-def dobi_directory(folder: pathlib.Path) -> Checkpoint:
-    """LowRankArena's export of Dobi-SVD: `ALinear` is V, `BLinear` is U, ranks in `dobi_target_modules`."""
+def dobi_directory(
+    folder: pathlib.Path, *, full: tuple[str, ...] = (), told: bool = True
+) -> Checkpoint:
+    """LowRankArena's export of Dobi-SVD: `ALinear` is V, `BLinear` is U, ranks in `dobi_target_modules`.
+
+    Modules in `full` have square factors; the ranks are not in the config unless `told`.
+    """
     reference = _llama(tied=True)
-    ranks = _pick_ranks(reference)
+    ranks = _pick_ranks(reference) | dict.fromkeys(full, SIZES["hidden_size"])
     factors = _compress(reference, ranks, torch.float16)
     state = _state(reference, factors, _pair(v="ALinear", u="BLinear"), torch.float16)
     config = _config(
         reference,
         torch.float16,
-        dobi_target_modules=ranks,
+        **({"dobi_target_modules": ranks} if told else {}),
         **_auto_map("DobiSVDLlamaForCausalLM", "dobisvd_llama"),
     )
     return Checkpoint(_write_directory(folder, config, state), "dobi", reference, ranks)

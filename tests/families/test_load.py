@@ -231,6 +231,18 @@ def test_a_config_that_contradicts_the_tensors(ablinear, config, says):
         families.load(made.path)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_square_factors_in_the_order_of_the_others(told, tmp_path):
+    """`ALinear` is V in Dobi-SVD and U in LowRankArena: of a square pair only its neighbours' shapes tell which."""
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj")
+    generate = checkpoints._seeded(checkpoints.dobi_directory, full=names, told=told)
+    made = generate(tmp_path)
+    model = families.load(made.path, dtype=torch.float32)
+    assert error(output(model), output(made.reference)) < 2e-6
+    assert factorized(model)[names[0]].rank == 48
+    assert families.inspect(made.path).family == ("Dobi-SVD" if told else "LowRankArena")
+
+
 def test_missing_files(ablinear, tmp_path):
     made, weights = ablinear
     with pytest.raises(CheckpointError, match="no such file"):
