@@ -56,7 +56,8 @@ def load(
         device_map: As in transformers' `from_pretrained`.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode. Nothing in it is factorized if all factors of the checkpoint are no
+        smaller than the weights (`families.storage`), or an adapter was merged into a dense base.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, is of no known family, contradicts its config, or

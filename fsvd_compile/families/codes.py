@@ -49,7 +49,8 @@ def remapped(where: str, entry: Any, m: int, n: int) -> tuple[torch.Tensor, torc
         raise CheckpointError(f"{where} has not all of {', '.join(names)}.")
     us, vt, us_scales, vt_scales = parts
     rank, least = (us.shape[0] if us.dim() else 0), min(m, n)
-    side, tail = entry.get("tuple_info") or (None, None)
+    info = entry.get("tuple_info")
+    side, tail = info if isinstance(info, tuple | list) and len(info) == 2 else (None, None)
     expected = {
         "us_quan": (us, torch.uint8, (rank, least)),
         "vt_quan": (vt, torch.uint8, (rank, least)),

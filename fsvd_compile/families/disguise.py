@@ -19,6 +19,8 @@ _SLACK = 2.0
 # The least factor between the last singular value that counts and the first that is rounding. A spectrum that
 # only decays through the noise has neighbours much closer than that, and no rank of its own.
 _GAP = 4.0
+# What weights come in, the coarsest first.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Rows and columns beyond the break-even rank in the part that is looked at first.
 _MARGIN = 16
 
@@ -57,11 +59,14 @@ def undisguised(name: str, weight: torch.Tensor) -> Disguised | None:
 
     Args:
         name: Of the module, for messages.
-        weight: `[out, in]` of a floating dtype, on any device; decomposed there in fp64.
+        weight: `[out, in]`, on any device; decomposed there in fp64. None is the answer for dtypes other than
+            16, 32 or 64 bits floating.
 
     Raises:
         CheckpointError: it holds NaN or inf, or a decomposition fails.
     """
+    if weight.dtype not in _DTYPES:
+        return None
     if not weight.isfinite().all():
         raise CheckpointError(f"the weight of {name} holds NaN or inf; download it again.")
     m, n = weight.shape
@@ -69,10 +74,10 @@ def undisguised(name: str, weight: torch.Tensor) -> Disguised | None:
     if most is None:
         return None
     unit = _unit(weight)
-    exact = weight.double()
     try:
-        if _exceeds(exact, most, unit):
+        if _exceeds(weight, most, unit):
             return None
+        exact = weight.double()
         values = torch.linalg.svdvals(exact)
         rank, gap = _rank(values, most, _noise(exact, unit))
         if rank is None:
@@ -95,7 +100,7 @@ def _exceeds(weight: torch.Tensor, most: int, unit: float) -> bool:
         return False  # as much work as the whole
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(d, generator=generator)[:size] for d in weight.shape)
-    part = weight[rows.to(weight.device)][:, columns.to(weight.device)]
+    part = weight[rows.to(weight.device)][:, columns.to(weight.device)].double()
     return bool(torch.linalg.svdvals(part)[most] > _noise(part, unit))
 
 
@@ -111,14 +116,15 @@ def _rank(values: torch.Tensor, most: int, noise: float) -> tuple[int | None, fl
 
 def _unit(weight: torch.Tensor) -> float:
     """The largest relative error of one rounding to the precision that the values have."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if weight.dtype == dtype or torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            return torch.finfo(dtype).eps / 2
-    return torch.finfo(weight.dtype).eps / 2
+    fitting = (
+        d for d in _DTYPES if d == weight.dtype or weight.to(d).to(weight.dtype).equal(weight)
+    )
+    return torch.finfo(next(fitting)).eps / 2
 
 
 def _noise(weight: torch.Tensor, unit: float) -> float:
-    """A bound on the spectral norm of the errors of rounding every entry once.
+    """A bound on the spectral norm of the errors of rounding every entry once, but for fp16's subnormal numbers:
+    a weight with many of them is taken for full rank.
 
     For independent errors of at most `unit` |w| it is about the largest norm of a row plus that of a column of
     their deviations, which are below `unit` |w| / sqrt(3) in the mean.

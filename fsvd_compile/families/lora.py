@@ -130,7 +130,8 @@ def _delta(
     path: pathlib.Path, name: str, half: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> Delta:
     a, b = half.get("A"), half.get("B")
-    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    fits = a is not None and b is not None and a.dim() == b.dim() == 2
+    if not fits or a.shape[0] != b.shape[1] or not a.numel():
         given = ", ".join(f"lora_{side} {list(t.shape)}" for side, t in sorted(half.items()))
         raise CheckpointError(f"{path}: {name} has {given}; it takes A [r, in] and B [out, r].")
     rank = _of(config.get("rank_pattern"), name, config.get("r"))
@@ -144,9 +145,12 @@ def _delta(
 
 def _of(patterns: Any, name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a name from a dot on, as PEFT decides it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
+    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise CheckpointError(f"{CONFIG}: {pattern!r} is no pattern: {error}") from error
     return default
 
 

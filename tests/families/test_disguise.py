@@ -81,6 +81,7 @@ def test_precision_is_that_of_the_values():
 
 def test_extreme_weights():
     assert undisguised("zeros", torch.zeros(48, 48)).error == 0
+    assert undisguised("codes", torch.zeros(48, 48, dtype=torch.uint8)) is None
     assert undisguised("one output", torch.randn(1, 48)) is None
     for scale in (1e-4, 1e3):  # below fp16's normal numbers, and large
         found = undisguised("scaled", (scale * product(48, 88, 5) / 0.02).to(torch.float16))

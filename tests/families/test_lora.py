@@ -187,6 +187,12 @@ def edited(adapter, edit):
             "no such",
         ),
         (lambda s: s.clear(), "no tensor"),
+        (
+            lambda s: s.update(
+                {f"{KEY}A.weight": torch.ones(0, 48), f"{KEY}B.weight": torch.ones(48, 0)}
+            ),
+            "takes A",
+        ),
     ],
 )
 def test_bad_tensors(edit, says, tmp_path):
@@ -206,6 +212,7 @@ def test_bad_tensors(edit, says, tmp_path):
         ({"lora_bias": True}, "lora_bias"),
         ({"r": 7}, "rank 7"),
         ({"lora_alpha": None}, "alpha None"),
+        ({"alpha_pattern": {"(": 3}}, "is no pattern"),
     ],
 )
 def test_bad_configs(config, says, tmp_path):

@@ -145,6 +145,7 @@ def put(name, part, value):
         (put(Q, "us_absmax", lambda t: t * float("nan")), "us_absmax holds NaN"),
         (put(DOWN, "tuple_info", lambda t: (t[0], t[1] * float("inf"))), "tuple_info holds NaN"),
         (put(DOWN, "tuple_info", lambda t: None), "tuple_info is NoneType"),
+        (put(DOWN, "tuple_info", lambda t: t[1]), "tuple_info is NoneType"),
         (put(DOWN, "tuple_info", lambda t: (t[0], t[1].T)), "tuple_info is"),
         (put(DOWN, "tuple_info", lambda t: ("us", t[1])), "names 'us'"),
         (put(Q, "tuple_info", lambda t: ("us", torch.ones(2))), "names 'us'"),
