@@ -57,7 +57,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         "--skip-spectra",
         dest="spectra",
         action="store_false",
-        help="do not look for dense weights of low rank (saves an SVD of each)",
+        help="do not look for dense weights of low rank (saves time)",
     )
     parser.set_defaults(run=_inspect)
 
@@ -80,7 +80,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--refactor",
         action="store_true",
-        help="hold dense weights of low rank as factors again (an SVD of each dense weight)",
+        help="hold dense weights of low rank as factors again (decomposes them)",
     )
     parser.set_defaults(run=_convert)
 

@@ -185,7 +185,7 @@ def _oriented(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 def disguises(assembly: Assembly) -> dict[str, Disguised]:
-    """The dense weights of a checkpoint that are of low rank, taken apart; an SVD each, so it takes a while.
+    """The dense weights of a checkpoint that are of low rank, taken apart, which takes a while.
 
     Raises:
         CheckpointError: see `disguise.undisguised`.

@@ -21,8 +21,6 @@ _SLACK = 2.0
 _GAP = 4.0
 # What weights come in, the coarsest first.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Rows and columns beyond the break-even rank in the part that is looked at first.
-_MARGIN = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +76,65 @@ def undisguised(name: str, weight: torch.Tensor) -> Disguised | None:
         if _exceeds(weight, most, unit):
             return None
         exact = weight.double()
-        values = torch.linalg.svdvals(exact)
-        rank, gap = _rank(values, most, _noise(exact, unit))
+        basis, core = _compressed(exact, most)
+        rank, gap = _rank(torch.linalg.svdvals(core), most, _noise(exact, unit))
         if rank is None:
             return None
-        factors = best_factors(exact, None, rank)
+        factors = best_factors(core, None, rank)
     except torch.linalg.LinAlgError as error:
         raise CheckpointError(
             f"the weight of {name} [{m}, {n}] has no SVD in fp64: {error}. Load without refactor."
         ) from error
-    u, v = (factor.to(weight.dtype) for factor in (factors.u, factors.v))
+    u = factors.u if basis is None else basis @ factors.u
+    u, v = u.to(weight.dtype), factors.v.to(weight.dtype)
     error = weighted_error(exact, u.double() @ v.double(), None)
     # Rounded factors cannot do better than the weight's own rounding; much worse is another matrix.
     return Disguised(u, v, error, gap) if error <= 2 * unit else None
 
 
+def _margin(most: int) -> int:
+    """Rows and columns beyond the break-even rank: the smallest singular values even of a random square matrix
+    are in the noise, so there have to be more of them."""
+    return max(16, most // 32)
+
+
 def _exceeds(weight: torch.Tensor, most: int, unit: float) -> bool:
-    """Whether a random part of the weight has a rank above `most` already."""
-    size = most + _MARGIN
+    """Whether a random part of the weight has a rank above `most` already.
+
+    Inverse iteration finds the space of the part's smallest singular values; the largest it has there is no
+    smaller than the part's own of that place. Some matrix products instead of a decomposition.
+    """
+    margin = _margin(most)
+    size = most + margin
     if size >= min(weight.shape):
-        return False  # as much work as the whole
+        return False  # no less work than the whole
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(d, generator=generator)[:size] for d in weight.shape)
     part = weight[rows.to(weight.device)][:, columns.to(weight.device)].double()
-    return bool(torch.linalg.svdvals(part)[most] > _noise(part, unit))
+    lu, pivots, info = torch.linalg.lu_factor_ex(part)
+    space = torch.randn(size, margin, generator=generator, dtype=part.dtype).to(part.device)
+    for _ in range(3):
+        for adjoint in (False, True):
+            space = torch.linalg.lu_solve(lu, pivots, space, adjoint=adjoint)
+            if info or not space.isfinite().all():
+                return False  # exactly singular
+            space = torch.linalg.qr(space).Q
+    # Twice, as it is a bound from above.
+    return bool(torch.linalg.matrix_norm(part.T @ space, 2) > 2 * _noise(part, unit))
+
+
+def _compressed(weight: torch.Tensor, most: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(Q with orthonormal columns, Q^T W): all of W but noise, if its rank is `most` at the most (a randomized
+    range finder with one power iteration, arXiv 0909.4061); (None, W) where that is no smaller."""
+    size = most + _margin(most)
+    if size >= min(weight.shape):
+        return None, weight
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(weight.shape[1], size, generator=generator, dtype=weight.dtype)
+    basis = torch.linalg.qr(weight @ probe.to(weight.device)).Q
+    basis = torch.linalg.qr(weight.T @ basis).Q
+    basis = torch.linalg.qr(weight @ basis).Q
+    return basis, basis.T @ weight
 
 
 def _rank(values: torch.Tensor, most: int, noise: float) -> tuple[int | None, float]:
