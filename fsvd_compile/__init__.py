@@ -8,7 +8,7 @@ its entry point. Importing it gives the pieces around the backend. Nothing here 
 from fsvd_compile.backend import flashsvd
 from fsvd_compile.config import Config
 from fsvd_compile.explain import explain
-from fsvd_compile.factorize import factorize
+from fsvd_compile.factorize import Refine, factorize
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families import load, register, save
 
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Config",
     "LowRankLinear",
+    "Refine",
     "__version__",
     "explain",
     "factorize",

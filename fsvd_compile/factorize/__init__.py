@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,18 @@ from tqdm import tqdm
 
 from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.allocate import Spectrum, allocate
-from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect, replay
+from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect
+from fsvd_compile.factorize.chain import Chain
 from fsvd_compile.factorize.closed_form import best_factors, spectrum
-from fsvd_compile.factorize.report import FactorizeReport, ModuleReport
+from fsvd_compile.factorize.layerwise import Layerwise
+from fsvd_compile.factorize.refine import Refine
+from fsvd_compile.factorize.report import FactorizeReport, LayerReport, ModuleReport
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
+from fsvd_compile.factorize.swap import decomposed, low_rank, swap
 from fsvd_compile.factorized import LowRankLinear
 
-__all__ = ["FactorizeReport", "ModuleReport", "factorize"]
+__all__ = ["FactorizeReport", "LayerReport", "ModuleReport", "Refine", "factorize"]
 
 
 def factorize(
@@ -32,6 +36,8 @@ def factorize(
     select: Select = None,
     allocation: str = "uniform",
     loss: Loss | None = None,
+    feedback: bool = False,
+    refine: Refine | None = None,
     progress: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> FactorizeReport:
@@ -66,6 +72,14 @@ def factorize(
             `allocate.allocate` and `sensitivity.sensitivities`.
         loss: For "loss": `(model, batch) -> scalar`. By default the model's own, from `labels` in a
             batch or, for language models, from its tokens.
+        feedback: Go through the model layer by layer and fit each weight to what the dense module gave,
+            from what reaches it behind the layers that are factorized already, so that later layers
+            make up for earlier ones (AA-SVD's objective, see `feedback.corrected`). For a model whose layers are
+            entries of one nn.ModuleList, called in order; modules outside of it, and those a router
+            calls with other tokens than before, are fitted without. Held in memory: one layer's
+            activations and covariances, and the hidden states of all calibration tokens twice, on
+            the CPU where they would take more than a quarter of a GPU's free memory.
+        refine: With feedback, train the factors of each layer after they are fitted, see `Refine`.
         progress: Show progress bars on stderr.
         dtype: Of covariances and decompositions: float64, or float32 for half the memory, which
             loses small eigenvalues (and more with TF32 enabled).
@@ -86,12 +100,25 @@ def factorize(
         raise FactorizeError(f"dtype={dtype} is not supported; use torch.float64 or torch.float32.")
     if allocation not in ("uniform", "loss"):
         raise FactorizeError(f'allocation={allocation!r}; it has to be "uniform" or "loss".')
-    if allocation == "loss":
-        if calibration is None:
-            raise FactorizeError(
-                "allocation='loss' needs calibration: the loss is computed on its batches."
-            )
-        calibration = list(calibration)  # read twice
+    if allocation == "loss" and calibration is None:
+        raise FactorizeError(
+            "allocation='loss' needs calibration: the loss is computed on its batches."
+        )
+    if feedback and calibration is None:
+        raise FactorizeError("feedback=True needs calibration: it follows its batches.")
+    if refine is not None and not feedback:
+        raise FactorizeError("refine= needs feedback=True: both go through the model by layers.")
+    if refine is not None and not isinstance(refine, Refine):
+        raise FactorizeError(
+            f"refine={refine!r} has to be a Refine, such as fsvd_compile.Refine(steps=200)."
+        )
+    if calibration is not None and (feedback or allocation == "loss"):
+        calibration = list(calibration)  # read more than once
+    if refine is not None and len(calibration) < 2:
+        raise FactorizeError(
+            f"refine= needs at least 2 calibration batches, one of them to measure; {len(calibration)} "
+            "given. Split the batch."
+        )
     chosen, dense = select_targets(model, keep, select)
     targets = [target for target in chosen if target.rank is not None]
     for target in chosen:
@@ -105,22 +132,16 @@ def factorize(
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        covariances, first = None, None
-        if calibration is not None and targets:
-            modules = {target.name: target.module for target in targets}
-            covariances, first = collect(
-                model,
-                modules,
-                calibration,
-                dtype=dtype,
-                progress=progress,
-                skip_logits=_output_layer(model) not in modules.values(),
-            )
-            if allocation == "loss":
-                weights = sensitivities(model, modules, calibration, loss, progress=progress)
-                targets = _allocated(targets, weights, covariances, dtype, dense)
-        replacements, reports = _compute(targets, covariances, dtype, progress)
-        _swap(model, replacements, training, first)
+        first, layers = None, []
+        if calibration is None or not targets:
+            replacements, reports = _compute(targets, None, dtype, progress)
+        else:
+            run = _Run(model, targets, calibration, allocation, loss, dtype, progress, dense)
+            with torch.inference_mode(False):
+                replacements, reports, layers, first = (
+                    run.by_layers(refine) if feedback else run.at_once()
+                )
+        swap(model, replacements, training, first)
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -131,46 +152,117 @@ def factorize(
         parameters_before=before,
         parameters_after=_count(model),
         seconds=time.perf_counter() - start,
+        layers=tuple(layers),
     )
 
 
 MULTIPLE = 8  # of allocated ranks: rows of 16 bytes in 16 bits, which the kernels load at once
 
 
+Result = tuple[dict[nn.Module, LowRankLinear], list[ModuleReport], list[LayerReport], Any]
+
+
+@dataclasses.dataclass
+class _Run:
+    """One call of `factorize` with calibration."""
+
+    model: nn.Module
+    targets: list[Target]
+    calibration: Iterable[Any]
+    allocation: str
+    loss: Loss | None
+    dtype: torch.dtype
+    progress: bool
+    dense: dict[str, str]
+
+    def at_once(self) -> Result:
+        """All covariances are collected first."""
+        covariances, first = self._collect(self.targets)
+        targets = self._allocated([(self.targets, covariances)])
+        for target in self.targets:
+            if target.name in self.dense:
+                covariances.pop(target.name)
+        replacements, reports = _compute(targets, covariances, self.dtype, self.progress)
+        return replacements, reports, [], first
+
+    def by_layers(self, refine: Refine | None) -> Result:
+        """Layer by layer, behind the layers that are factorized already."""
+        chain = Chain(self.model, [target.name for target in self.targets])
+        outside = [target for target in self.targets if chain.owner(target.name) is None]
+        with chain.recording(len(self.calibration)):
+            covariances, first = self._collect(outside)
+        layerwise = Layerwise(
+            self.model, chain, self.calibration, dtype=self.dtype, progress=self.progress
+        )
+        targets = self._allocated(
+            itertools.chain(layerwise.covariances(self.targets), [(outside, covariances)])
+        )
+        replacements, reports, layers = layerwise.fit(targets, refine)
+        rest = [target for target in targets if chain.owner(target.name) is None]
+        others, more = _compute(rest, covariances, self.dtype, self.progress and bool(rest))
+        return replacements | others, reports + more, layers, first
+
+    def _collect(self, targets: list[Target]) -> tuple[Covariances, Any]:
+        modules = {target.name: target.module for target in targets}
+        return collect(
+            self.model,
+            modules,
+            self.calibration,
+            dtype=self.dtype,
+            progress=self.progress,
+            skip_logits=_output_layer(self.model) not in modules.values(),
+        )
+
+    def _allocated(self, parts: Iterable[tuple[list[Target], Covariances]]) -> list[Target]:
+        """The targets with the ranks that the allocation gives; what is better left dense goes to `dense`.
+
+        Modules that no token or gradient reached, such as an expert that was not chosen, keep their rank.
+
+        Args:
+            parts: Targets with covariances of them; not read for the uniform allocation.
+        """
+        if self.allocation == "uniform":
+            return self.targets
+        modules = {target.name: target.module for target in self.targets}
+        weights = sensitivities(
+            self.model, modules, self.calibration, self.loss, progress=self.progress
+        )
+        spectra: dict[str, Spectrum] = {}
+        for targets, covariances in parts:
+            spectra |= _spectra(targets, weights, covariances, self.dtype)
+        budget = sum(t.rank * sum(t.weight.shape) for t in self.targets if t.name in spectra)
+        ranks = allocate(spectra, budget, MULTIPLE)
+        kept = []
+        for target in self.targets:
+            rank = ranks.get(target.name, target.rank)
+            if rank is None:
+                self.dense[target.name] = (
+                    "allocated: below break-even it would cost more loss than others"
+                )
+            else:
+                m, n = target.weight.shape
+                share = rank * (m + n) / (m * n)
+                kept.append(dataclasses.replace(target, rank=rank, keep=round(share, 4)))
+        return kept
+
+
 @torch.no_grad()
-def _allocated(
+def _spectra(
     targets: list[Target],
     weights: Mapping[str, float],
     covariances: Covariances,
     dtype: torch.dtype,
-    dense: dict[str, str],
-) -> list[Target]:
-    """The targets with ranks under the budget of their own; what is better left dense goes to `dense`.
-
-    Modules that no token or gradient reached, such as an expert that was not chosen, keep their rank.
-    """
-    spectra, budget = {}, 0
+) -> dict[str, Spectrum]:
+    found = {}
     for target in targets:
         covariance, weight = covariances.get(target.name), weights[target.name]
         if covariance is not None and weight > 0:
             m, n = target.weight.shape
-            with _decomposed(target, dtype):
+            with decomposed(target, dtype):
                 values = spectrum(target.weight.to(dtype), covariance)
             least = min(MULTIPLE, target.rank)
-            spectra[target.name] = Spectrum(values.cpu(), weight, m, n, least)
-            budget += target.rank * (m + n)
-    ranks = allocate(spectra, budget, MULTIPLE)
-    kept = []
-    for target in targets:
-        rank = ranks.get(target.name, target.rank)
-        if rank is None:
-            dense[target.name] = "allocated: below break-even it would cost more loss than others"
-            covariances.pop(target.name)
-        else:
-            m, n = target.weight.shape
-            share = rank * (m + n) / (m * n)
-            kept.append(dataclasses.replace(target, rank=rank, keep=round(share, 4)))
-    return kept
+            found[target.name] = Spectrum(values.cpu(), weight, m, n, least)
+    return found
 
 
 # Inference tensors would be refused by autograd ever after.
@@ -184,68 +276,12 @@ def _compute(
     for target in tqdm(targets, "factorize", disable=not progress, unit="module"):
         covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
         weight = target.weight.to(dtype)
-        with _decomposed(target, dtype):
+        with decomposed(target, dtype):
             u, v, error = best_factors(weight, covariance, target.rank)
-        replacements[target.module] = _low_rank(target.module, u, v)
+        replacements[target.module] = low_rank(target.module, u, v)
         m, n = weight.shape
         reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
     return replacements, reports
-
-
-@contextlib.contextmanager
-def _decomposed(target: Target, dtype: torch.dtype) -> Iterator[None]:
-    """Around a decomposition of a target's weight; whatever fails in it becomes a FactorizeError."""
-    try:
-        with torch.autocast(target.weight.device.type, enabled=False):
-            yield
-    except torch.linalg.LinAlgError as failure:
-        raise FactorizeError(
-            f"The eigendecomposition for {target.name!r} ({list(target.weight.shape)}, {dtype}) "
-            f"failed: {failure}. Use dtype=torch.float64, more calibration tokens, or leave the "
-            "module out with select=."
-        ) from failure
-
-
-def _low_rank(module: nn.Module, u: torch.Tensor, v: torch.Tensor) -> LowRankLinear:
-    old = module.weight
-    made = LowRankLinear.from_factors(u.to(old.dtype), v.to(old.dtype), module.bias)
-    made.u.weight.requires_grad_(old.requires_grad)
-    made.v.weight.requires_grad_(old.requires_grad)
-    return made.train(module.training)
-
-
-def _swap(
-    model: nn.Module,
-    replacements: dict[nn.Module, LowRankLinear],
-    training: dict[nn.Module, bool],
-    batch: Any,
-) -> None:
-    """Puts the factors in place of every occurrence of the old modules, or changes nothing."""
-    places = [
-        (parent, key, child)
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child in replacements
-    ]
-    try:
-        for parent, key, child in places:
-            setattr(parent, key, replacements[child])
-        if batch is not None:
-            # A model may read a linear's weight directly; better to hear of it now.
-            replay(model, batch)
-    except BaseException as error:
-        for parent, key, child in places:
-            setattr(parent, key, child)
-        if isinstance(error, Exception):
-            raise FactorizeError(
-                "The model ran with its dense modules but does not run with the factorized ones: "
-                f"{type(error).__name__}: {error}. Where a model reads an attribute of a linear "
-                "module directly (`.weight` in the traceback above), leave that module out with "
-                "select=."
-            ) from error
-        raise
-    for old, new in replacements.items():
-        new.train(training[old])
 
 
 def _check_weights(target: Target) -> None:

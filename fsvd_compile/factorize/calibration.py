@@ -125,7 +125,7 @@ class Covariances:
         return own
 
     def _gram(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        x = self._tokens(x.detach()).to(self.dtype)
+        x = tokens_of(x.detach(), self._mask).to(self.dtype)
         with torch.autocast(x.device.type, enabled=False):
             gram = x.T @ x
         # A diagonal entry is a sum of squares: finite exactly when its channel is (and does not
@@ -138,15 +138,15 @@ class Covariances:
             )
         return gram, x.shape[0]
 
-    def _tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[tokens, in]`; no padding where the leading sizes are the mask's."""
-        mask = self._mask
-        if mask is not None and x.shape[:-1] == mask.shape:
-            return x[mask.to(x.device)]
-        x = x.reshape(-1, x.shape[-1])
-        if mask is not None and x.shape[0] == mask.numel():
-            return x[mask.to(x.device).reshape(-1)]
-        return x
+
+def tokens_of(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`[..., in]` to `[tokens, in]`; no padding where the leading sizes are those of `mask` `[B, T]`."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.to(x.device)]
+    x = x.reshape(-1, x.shape[-1])
+    if mask is not None and x.shape[0] == mask.numel():
+        return x[mask.to(x.device).reshape(-1)]
+    return x
 
 
 class _Group:
@@ -219,13 +219,9 @@ def collect(
         FactorizeError: no batch, a batch of a wrong kind, one the model rejects, NaN or inf.
     """
     covariances = Covariances(dtype)
-    handles = []
     first = None
     count = 0
-    try:
-        for name, module in modules.items():
-            hook = _hook(covariances, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with observing(covariances, modules):
         total = len(calibration) if hasattr(calibration, "__len__") else None
         batches = tqdm(calibration, "calibrate", total, disable=not progress, unit="batch")
         for index, batch in enumerate(batches):
@@ -234,9 +230,6 @@ def collect(
             with covariances.batch(index, mask):
                 _run_batch(model, args, kwargs, index)
             count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
     if not count:
         raise FactorizeError(
             "calibration is empty: it gave no batch. Give at least one, calibration=None for plain "
@@ -273,6 +266,20 @@ def replay(model: nn.Module, batch: Any) -> None:
 def _forward(model: nn.Module, args: tuple, kwargs: dict) -> None:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def observing(covariances: Covariances, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While it lasts the covariances see what the modules are called with."""
+    handles = []
+    try:
+        for name, module in modules.items():
+            hook = _hook(covariances, name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _hook(covariances: Covariances, name: str):

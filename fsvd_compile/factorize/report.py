@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
 from fsvd_compile.table import aligned, folded, pattern, span
 
@@ -18,8 +19,11 @@ class ModuleReport:
         rank: r of the factors `[m, r]` and `[r, n]`.
         keep: The share of parameters that was asked for.
         error: ||(W - U V) X||_F / ||W X||_F on the calibration tokens, before the factors are
-            rounded to the module's dtype; X = I without calibration.
+            rounded to the module's dtype; X = I without calibration. With feedback ||W X - U V X'||_F
+            / ||W X||_F, X' being what the module is called with in the factorized model.
         tokens: Calibration tokens the module saw; 0 means plain SVD.
+        feedback: Fitted to the factorized model's own inputs.
+        damping: Of the correction that feedback makes, see `feedback.corrected`; None without one.
     """
 
     name: str
@@ -29,6 +33,23 @@ class ModuleReport:
     keep: float
     error: float
     tokens: int
+    feedback: bool = False
+    damping: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One refined layer.
+
+    Attributes:
+        name: Dotted name in the model.
+        before: Relative error of its output on held-out calibration batches, see `refine.refine_layer`.
+        after: The same of what was kept; equal to `before` where refinement did not help.
+    """
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +64,7 @@ class FactorizeReport:
         parameters_before: Distinct parameters of the whole model before.
         parameters_after: The same after.
         seconds: Wall-clock time of the call.
+        layers: The refined layers, in model order.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -51,6 +73,7 @@ class FactorizeReport:
     parameters_before: int
     parameters_after: int
     seconds: float
+    layers: tuple[LayerReport, ...] = ()
 
     def __str__(self) -> str:
         rows = [("module", "count", "in", "out", "rank", "keep", "error", "tokens")]
@@ -71,6 +94,23 @@ class FactorizeReport:
         ]
         if self.modules:
             lines += aligned(rows)
+        if behind := [module for module in self.modules if module.feedback]:
+            damped = [module.damping for module in behind if module.damping is not None]
+            lines.append(
+                f"feedback: {len(behind)} of {len(self.modules)} modules fitted to inputs of the "
+                f"factorized model, {len(damped)} weights corrected"
+                + (f" (damping {min(damped):g} to {max(damped):g})" if damped else "")
+            )
+        if self.layers:
+            before, after = (
+                statistics.median(getattr(layer, key) for layer in self.layers)
+                for key in ("before", "after")
+            )
+            kept = sum(layer.after < layer.before for layer in self.layers)
+            lines.append(
+                f"refined: {kept} of {len(self.layers)} layers; held-out error of the outputs, "
+                f"median: {before:.4f} -> {after:.4f}"
+            )
         if self.uncalibrated:
             names = ", ".join(sorted({pattern(name) for name in self.uncalibrated}))
             lines.append(
