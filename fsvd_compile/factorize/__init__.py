@@ -24,6 +24,7 @@ from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, sele
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
 from fsvd_compile.factorize.swap import decomposed, low_rank, swap
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families.hub import describe
 
 __all__ = ["FactorizeReport", "LayerReport", "ModuleReport", "Refine", "factorize"]
 
@@ -142,6 +143,7 @@ def factorize(
                     run.by_layers(refine) if feedback else run.at_once()
                 )
         swap(model, replacements, training, first)
+        describe(model)
     finally:
         for module, mode in training.items():
             module.training = mode

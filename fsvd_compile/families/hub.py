@@ -6,6 +6,8 @@ are loaded. transformers itself is not imported for it: the registration waits f
 
 from __future__ import annotations
 
+import copy
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -58,6 +60,31 @@ class _Registration(importlib.abc.MetaPathFinder):
 
             spec.loader.exec_module = exec_module
         return spec
+
+
+def describe(model: Any) -> None:
+    """From now on the model's own `save_pretrained` writes what its factors are, as for a model that was loaded.
+
+    Nothing happens to what is no transformers model, or is quantized in another way. The config becomes one
+    of the model's own: models that were built from one config object share it, and the others are dense.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    shared = model.config
+    modules, before = modules_of(model), getattr(shared, "quantization_config", None)
+    if not modules or getattr(before, "quant_method", METHOD if before is None else None) != METHOD:
+        return
+    _register(importlib.import_module(_REGISTRY))
+    registry = sys.modules[_REGISTRY]
+    entry = registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules)
+    entry.follow(model)
+    own = copy.copy(shared)
+    own.quantization_config = entry
+    for part in model.modules():
+        if part.__dict__.get("config") is shared:
+            part.config = own
+    model.hf_quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](entry, pre_quantized=True)
 
 
 def _without_factors(initialize: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -363,6 +363,32 @@ def test_save_and_load_round_trip(tmp_path):
     assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
+def test_its_own_save_pretrained_describes_the_factors(tmp_path):
+    config = tiny_llama().config
+    dense, model = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    factorize(model, {"*.q_proj": 0.3, "*": 0.6}, calibration=tokens(), progress=False)
+    for name, written in {"first": model, "copy": copy.deepcopy(model)}.items():
+        written.save_pretrained(tmp_path / name)
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        ids = tokens(1)[0]
+        assert torch.equal(read(ids).logits, model(ids).logits)
+        assert isinstance(read.model.layers[1].self_attn.q_proj, LowRankLinear)
+    # A model of the same config object is as dense as before, and is written so.
+    assert dense.config is config and not hasattr(config, "quantization_config")
+    assert model.model.config is model.config is not config
+    dense.save_pretrained(tmp_path / "dense")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(read(ids).logits, dense(ids).logits)
+    # What changes later is what is written; what is refused changes nothing.
+    factorize(model, 0.5, select=["lm_head"], progress=False)
+    model.save_pretrained(tmp_path / "head")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "head")
+    assert torch.equal(read(ids).logits, model(ids).logits)
+    with pytest.raises(FactorizeError):
+        factorize(dense, 0.5, calibration=[], progress=False)
+    assert dense.config is config and not hasattr(config, "quantization_config")
+
+
 def test_report_reads_well():
     report = factorize(tiny_llama(), 0.5, calibration=tokens(), progress=False)
     text = repr(report)
