@@ -1,9 +1,11 @@
-"""Perplexity of SmolLM2-135M-Instruct factorized in several ways, on Wikipedia leads that were held out.
+"""Perplexity of SmolLM2-135M-Instruct factorized in several ways, on texts that the calibration does not contain.
 
-    python bench/quality.py --windows 200 --json bench/results/quality_smollm2.json
+    python bench/quality.py --text web=web.txt --json bench/results/quality_smollm2.json
 
-Every way keeps the same share of the parameters of all linear layers but the head; the calibration is 24 windows
-of 512 tokens of other leads. Needs the packages of the demo (`make .venv/.demo`).
+Every way keeps the same share of the parameters of all linear layers but the head. Calibration: windows of Wikipedia
+leads; evaluation: leads that were held out ("wiki"), and every `--text NAME=FILE`, a UTF-8 file of at least `--windows`
+windows, of which windows are taken evenly from all over the file. `sword_text.py` writes one, the World English
+Bible. Needs the packages of the demo (`make .venv/.demo`).
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import pathlib
 import sys
 import time
+
+import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
 
@@ -24,49 +29,118 @@ from fsvd_compile import bench
 
 LENGTH = 512
 WAYS = {
-    "plain SVD": {},
-    "closed form": {"calibration": True},
-    "closed form, ranks by loss": {"calibration": True, "allocation": "loss"},
+    "plain SVD": (),
+    "closed form": ("calibration",),
+    "+ allocation": ("calibration", "allocation"),
+    "+ feedback": ("calibration", "allocation", "feedback"),
+    "+ refinement": ("calibration", "allocation", "feedback", "refine"),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
-    parser.add_argument("--windows", type=int, default=200, help="of held-out text (default 200)")
-    parser.add_argument("--calibration", type=int, default=24, help="windows (default 24)")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    args = _arguments()
+    device = torch.device(args.device)
     dense, tokenizer = smollm2.load()
-    calibration = smollm2.windows(tokenizer, args.calibration, LENGTH).split(1)
-    held_out = smollm2.windows(tokenizer, args.windows, LENGTH, held_out=True)
+    dense.to(device)
+    # Gradients and moments in the precision they are meant to have, on every GPU.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    calibration = smollm2.windows(tokenizer, args.calibration, LENGTH).split(args.batch)
+    texts = {"wiki": smollm2.windows(tokenizer, args.windows, LENGTH, held_out=True)}
+    for name, path in args.text:
+        texts[name] = spread(pathlib.Path(path).read_text("utf-8"), tokenizer, args.windows)
+    if len(texts) == 1:
+        print(
+            "NOTE: one evaluation text only. The second is the World English Bible: see bench/sword_text.py, "
+            "then --text web=web.txt\n",
+            flush=True,
+        )
     where = bench.conditions(
-        "cpu", windows=args.windows, length=LENGTH, calibration=args.calibration, dtype=dense.dtype
-    )
-    rows = [{"way": "dense", "keep": 1.0, "perplexity": smollm2.perplexity(dense, held_out)}]
-    print(f"{'dense':<30}{rows[0]['perplexity']:10.2f}", flush=True)
+        device, windows=args.windows, length=LENGTH, calibration=args.calibration, batch=args.batch,
+        steps=args.steps, lr=args.lr, dtype=dense.dtype,
+    )  # fmt: skip
+    rows: list[dict] = []
+    print(f"{'':<15}{'keep':>6}" + "".join(f"{name:>12}" for name in texts) + f"{'s':>8}")
+    report(rows, args.json, where, "dense", 1.0, dense, texts, {"factorize_s": 0.0})
     for keep in args.keep:
-        for way, options in WAYS.items():
-            options = dict(options)
-            if options.pop("calibration", False):
-                options["calibration"] = calibration
+        for way in args.ways:
             model = copy.deepcopy(dense)
             started = time.perf_counter()
-            report = fsvd_compile.factorize(model, keep, progress=False, **options)
-            seconds = time.perf_counter() - started
-            row = {
-                "way": way,
-                "keep": keep,
-                "perplexity": smollm2.perplexity(model, held_out),
-                "parameters": report.parameters_after,
-                "factorize_s": round(seconds, 1),
+            done = fsvd_compile.factorize(
+                model, keep, progress=False, **options(WAYS[way], calibration, args)
+            )
+            found = {
+                "factorize_s": round(time.perf_counter() - started, 1),
+                "parameters": done.parameters_after,
             }
-            rows.append(row)
-            print(f"{way:<30}{keep:5.2f}{row['perplexity']:12.2f}{seconds:8.0f} s", flush=True)
-    if args.json:
-        pathlib.Path(args.json).write_text(
+            report(rows, args.json, where, way, keep, model, texts, found)
+
+
+def options(stages: tuple[str, ...], calibration: tuple, args: argparse.Namespace) -> dict:
+    """The arguments of `factorize` for some stages of the compressor."""
+    values = {
+        "calibration": calibration,
+        "allocation": "loss",
+        "feedback": True,
+        "refine": fsvd_compile.Refine(steps=args.steps, lr=args.lr),
+    }
+    return {stage: values[stage] for stage in stages}
+
+
+def report(
+    rows: list[dict], path: str | None, where: dict, way: str, keep: float, model, texts: dict, found: dict
+) -> None:  # fmt: skip
+    """Measures, prints and stores one row; the file is complete after every row."""
+    perplexities = {name: perplexity(model, windows) for name, windows in texts.items()}
+    rows.append({"way": way, "keep": keep, "perplexity": perplexities} | found)
+    cells = "".join(f"{value:12.2f}" for value in perplexities.values())
+    print(f"{way:<15}{keep:6.2f}{cells}{found['factorize_s']:8.1f}", flush=True)
+    if path:
+        pathlib.Path(path).write_text(
             json.dumps([row | {"conditions": where} for row in rows], indent=1) + "\n"
         )
+
+
+def spread(text: str, tokenizer, count: int) -> torch.Tensor:
+    """`count` windows of a text, `[count, LENGTH]`, evenly spread over it."""
+    ids = tokenizer(text, verbose=False).input_ids
+    whole = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    if len(whole) < count:
+        sys.exit(f"a --text has {len(ids):,} tokens, fewer than {count} windows of {LENGTH}")
+    return whole[torch.arange(count) * len(whole) // count]
+
+
+@torch.no_grad()
+def perplexity(model, windows: torch.Tensor, rows: int = 16) -> float:
+    """exp of the mean loss a token of `windows` `[count, length]`, so many at a time."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in windows.split(rows if device.type == "cuda" else 1):
+        batch = batch.to(device)
+        total += model(batch, labels=batch).loss.item() * len(batch)
+    return math.exp(total / len(windows))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
+    add("--text", type=_text, action="append", default=[], metavar="NAME=FILE")
+    add("--windows", type=int, default=200, help=f"of {LENGTH} tokens, a text (default 200)")
+    add("--calibration", type=int, default=128, help="windows (default 128)")
+    add("--batch", type=int, default=8, help="calibration windows in a batch (default 8)")
+    add("--steps", type=int, default=200, help="of refinement, a layer (default 200)")
+    add("--lr", type=float, default=1e-4, help="of refinement (default 1e-4)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", metavar="FILE")
+    return parser.parse_args()
+
+
+def _text(argument: str) -> tuple[str, str]:
+    name, equals, path = argument.partition("=")
+    if not equals or not pathlib.Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{argument!r} is not NAME=FILE with a file that exists")
+    return name, path
 
 
 if __name__ == "__main__":
