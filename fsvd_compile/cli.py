@@ -12,7 +12,7 @@ import fsvd_compile
 from fsvd_compile import bench, families
 from fsvd_compile.bench import decode
 from fsvd_compile.errors import FlashSVDError, WrongResultError
-from fsvd_compile.factorize import checkpoint
+from fsvd_compile.factorize import Refine, checkpoint
 
 COMMAND = "fsvd-compile"
 
@@ -132,6 +132,15 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
         "they save the most loss (default: loss with calibration)",
     )  # fmt: skip
     add(
+        "--feedback", action="store_true", help="fit each layer behind the factorized ones before it, "
+        "so that it makes up for them",
+    )  # fmt: skip
+    add(
+        "--refine", type=int, metavar="STEPS", help="with --feedback: train the factors of each layer "
+        "for so many steps of AdamW, a window each",
+    )  # fmt: skip
+    add("--lr", type=float, default=Refine.lr, help="of --refine (default %(default)s)")
+    add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default %(default)s)",
@@ -148,6 +157,8 @@ def _factorize(args: argparse.Namespace) -> int:
         length=args.length,
         count=args.windows,
         allocation=args.allocation or ("loss" if args.calibration else "uniform"),
+        feedback=args.feedback,
+        refine=None if args.refine is None else Refine(steps=args.refine, lr=args.lr),
         dtype=_dtype(args),
         device=args.device,
         overwrite=args.overwrite,

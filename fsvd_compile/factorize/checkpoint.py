@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fsvd_compile.errors import FactorizeError
-from fsvd_compile.factorize import FactorizeReport, Keep, factorize
+from fsvd_compile.factorize import FactorizeReport, Keep, Refine, factorize
 from fsvd_compile.families import check_free, save
 
 
@@ -39,6 +39,8 @@ def factorize_checkpoint(
     length: int = 512,
     count: int = 64,
     allocation: str = "uniform",
+    feedback: bool = False,
+    refine: Refine | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -52,7 +54,7 @@ def factorize_checkpoint(
         calibration: A UTF-8 text file, or None for plain SVD.
         length: Tokens of a calibration window.
         count: Windows at the most.
-        allocation: See `factorize`.
+        allocation: See `factorize`; so are `feedback` and `refine`.
         dtype: Of the model; by default its own.
         device: Where it is factorized.
         overwrite: Replace what is in `out`.
@@ -85,6 +87,13 @@ def factorize_checkpoint(
             raise FactorizeError(f"calibration: {calibration} cannot be read: {error}") from error
         batches = windows_of_text(text, tokenizer, length, count)
     model.eval().requires_grad_(False)
-    report = factorize(model, keep, calibration=batches, allocation=allocation)
+    report = factorize(
+        model,
+        keep,
+        calibration=batches,
+        allocation=allocation,
+        feedback=feedback,
+        refine=refine,
+    )
     save(model, out, beside=source, overwrite=overwrite)
     return report

@@ -58,6 +58,20 @@ def test_written_and_read(source, tmp_path, capsys, allocation):
     assert "exists" in capsys.readouterr().err
 
 
+def test_stages(source, tmp_path, capsys):
+    text = ["--calibration", source / "text.txt", "--length", 32, "--windows", 5, "--keep", 0.6]
+    assert command(source, tmp_path / "fed", *text, "--feedback") == 0
+    out = capsys.readouterr().out
+    assert "feedback: " in out and "refined: " not in out
+    assert command(source, tmp_path / "refined", *text, "--feedback", "--refine", 3) == 0
+    assert "refined: " in capsys.readouterr().out
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("fed", "refined")
+    ]
+    assert models[0].keys() == models[1].keys()
+
+
 def test_plain_svd_needs_no_text(source, tmp_path):
     assert command(source, tmp_path / "out", "--keep", 0.5, "--dtype", "bfloat16") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -70,6 +84,9 @@ def test_plain_svd_needs_no_text(source, tmp_path):
         (["--keep", "1.5"], "keep=1.5"),
         (["--calibration", "nowhere.txt"], "cannot be read"),
         (["--allocation", "loss"], "needs calibration"),
+        (["--feedback"], "needs calibration"),
+        (["--refine", "3"], "needs feedback=True"),
+        (["--feedback", "--refine", "0"], "steps=0"),
     ],
 )
 def test_bad_arguments(source, tmp_path, capsys, more, says):
