@@ -141,6 +141,10 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add("--lr", type=float, default=Refine.lr, help="of --refine (default %(default)s)")
     add(
+        "--resume", metavar="DIR", help="with --feedback: keep finished layers there, and take those that "
+        "an interrupted run of the same command left",
+    )  # fmt: skip
+    add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default %(default)s)",
@@ -159,6 +163,7 @@ def _factorize(args: argparse.Namespace) -> int:
         allocation=args.allocation or ("loss" if args.calibration else "uniform"),
         feedback=args.feedback,
         refine=None if args.refine is None else Refine(steps=args.refine, lr=args.lr),
+        resume=args.resume,
         dtype=_dtype(args),
         device=args.device,
         overwrite=args.overwrite,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from fsvd_compile.factorize.closed_form import best_factors, spectrum
 from fsvd_compile.factorize.layerwise import Layerwise
 from fsvd_compile.factorize.refine import Refine
 from fsvd_compile.factorize.report import FactorizeReport, LayerReport, ModuleReport
+from fsvd_compile.factorize.resume import Finished, described
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
 from fsvd_compile.factorize.swap import decomposed, low_rank, swap
@@ -39,6 +41,7 @@ def factorize(
     loss: Loss | None = None,
     feedback: bool = False,
     refine: Refine | None = None,
+    resume: str | os.PathLike | None = None,
     progress: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> FactorizeReport:
@@ -81,6 +84,8 @@ def factorize(
             activations and covariances, and the hidden states of all calibration tokens twice, on
             the CPU where they would take more than a quarter of a GPU's free memory.
         refine: With feedback, train the factors of each layer after they are fitted, see `Refine`.
+        resume: With feedback, a directory for finished layers, which an interrupted call with the same
+            model, batches and arguments takes from there (`loss` is not compared). Not deleted.
         progress: Show progress bars on stderr.
         dtype: Of covariances and decompositions: float64, or float32 for half the memory, which
             loses small eigenvalues (and more with TF32 enabled).
@@ -113,6 +118,8 @@ def factorize(
         raise FactorizeError(
             f"refine={refine!r} has to be a Refine, such as fsvd_compile.Refine(steps=200)."
         )
+    if resume is not None and not feedback:
+        raise FactorizeError("resume= needs feedback=True, which goes through the model by layers.")
     if calibration is not None and (feedback or allocation == "loss"):
         calibration = list(calibration)  # read more than once
     if refine is not None and len(calibration) < 2:
@@ -140,7 +147,7 @@ def factorize(
             run = _Run(model, targets, calibration, allocation, loss, dtype, progress, dense)
             with torch.inference_mode(False):
                 replacements, reports, layers, first = (
-                    run.by_layers(refine) if feedback else run.at_once()
+                    run.by_layers(refine, resume) if feedback else run.at_once()
                 )
         swap(model, replacements, training, first)
         describe(model)
@@ -187,8 +194,13 @@ class _Run:
         replacements, reports = _compute(targets, covariances, self.dtype, self.progress)
         return replacements, reports, [], first
 
-    def by_layers(self, refine: Refine | None) -> Result:
+    def by_layers(self, refine: Refine | None, resume: str | os.PathLike | None) -> Result:
         """Layer by layer, behind the layers that are factorized already."""
+        finished = None
+        if resume is not None:
+            options = {"allocation": self.allocation, "refine": refine, "dtype": self.dtype}
+            run = described(self.model, self.targets, self.calibration, **options)
+            finished = Finished(resume, run)
         chain = Chain(self.model, [target.name for target in self.targets])
         outside = [target for target in self.targets if chain.owner(target.name) is None]
         with chain.recording(len(self.calibration)):
@@ -197,9 +209,9 @@ class _Run:
             self.model, chain, self.calibration, dtype=self.dtype, progress=self.progress
         )
         targets = self._allocated(
-            itertools.chain(layerwise.covariances(self.targets), [(outside, covariances)])
+            itertools.chain(layerwise.covariances(self.targets), [(outside, covariances)]), finished
         )
-        replacements, reports, layers = layerwise.fit(targets, refine)
+        replacements, reports, layers = layerwise.fit(targets, refine, finished)
         rest = [target for target in targets if chain.owner(target.name) is None]
         others, more = _compute(rest, covariances, self.dtype, self.progress and bool(rest))
         return replacements | others, reports + more, layers, first
@@ -215,25 +227,27 @@ class _Run:
             skip_logits=_output_layer(self.model) not in modules.values(),
         )
 
-    def _allocated(self, parts: Iterable[tuple[list[Target], Covariances]]) -> list[Target]:
+    def _allocated(
+        self,
+        parts: Iterable[tuple[list[Target], Covariances]],
+        finished: Finished | None = None,
+    ) -> list[Target]:
         """The targets with the ranks that the allocation gives; what is better left dense goes to `dense`.
 
         Modules that no token or gradient reached, such as an expert that was not chosen, keep their rank.
 
         Args:
-            parts: Targets with covariances of them; not read for the uniform allocation.
+            parts: Targets with covariances of them; not read for the uniform allocation, or where the
+                ranks are known.
+            finished: Where ranks are taken from or written to.
         """
         if self.allocation == "uniform":
             return self.targets
-        modules = {target.name: target.module for target in self.targets}
-        weights = sensitivities(
-            self.model, modules, self.calibration, self.loss, progress=self.progress
-        )
-        spectra: dict[str, Spectrum] = {}
-        for targets, covariances in parts:
-            spectra |= _spectra(targets, weights, covariances, self.dtype)
-        budget = sum(t.rank * sum(t.weight.shape) for t in self.targets if t.name in spectra)
-        ranks = allocate(spectra, budget, MULTIPLE)
+        ranks = None if finished is None else finished.ranks()
+        if ranks is None:
+            ranks = self._ranks(parts)
+            if finished is not None:
+                finished.save_ranks(ranks)
         kept = []
         for target in self.targets:
             rank = ranks.get(target.name, target.rank)
@@ -246,6 +260,17 @@ class _Run:
                 share = rank * (m + n) / (m * n)
                 kept.append(dataclasses.replace(target, rank=rank, keep=round(share, 4)))
         return kept
+
+    def _ranks(self, parts: Iterable[tuple[list[Target], Covariances]]) -> dict[str, int | None]:
+        modules = {target.name: target.module for target in self.targets}
+        weights = sensitivities(
+            self.model, modules, self.calibration, self.loss, progress=self.progress
+        )
+        spectra: dict[str, Spectrum] = {}
+        for targets, covariances in parts:
+            spectra |= _spectra(targets, weights, covariances, self.dtype)
+        budget = sum(t.rank * sum(t.weight.shape) for t in self.targets if t.name in spectra)
+        return allocate(spectra, budget, MULTIPLE)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ def factorize_checkpoint(
     allocation: str = "uniform",
     feedback: bool = False,
     refine: Refine | None = None,
+    resume: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -54,7 +55,7 @@ def factorize_checkpoint(
         calibration: A UTF-8 text file, or None for plain SVD.
         length: Tokens of a calibration window.
         count: Windows at the most.
-        allocation: See `factorize`; so are `feedback` and `refine`.
+        allocation: See `factorize`; so are `feedback`, `refine` and `resume`.
         dtype: Of the model; by default its own.
         device: Where it is factorized.
         overwrite: Replace what is in `out`.
@@ -94,6 +95,7 @@ def factorize_checkpoint(
         allocation=allocation,
         feedback=feedback,
         refine=refine,
+        resume=resume,
     )
     save(model, out, beside=source, overwrite=overwrite)
     return report

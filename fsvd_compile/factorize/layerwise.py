@@ -26,6 +26,7 @@ from fsvd_compile.factorize.feedback import (
 )
 from fsvd_compile.factorize.refine import Refine, refine_layer
 from fsvd_compile.factorize.report import LayerReport, ModuleReport
+from fsvd_compile.factorize.resume import Finished
 from fsvd_compile.factorize.select import Target
 from fsvd_compile.factorize.swap import decomposed, low_rank
 from fsvd_compile.factorized import LowRankLinear
@@ -68,9 +69,12 @@ class Layerwise:
             yield inside, found
 
     def fit(
-        self, targets: Sequence[Target], refine: Refine | None
+        self, targets: Sequence[Target], refine: Refine | None, finished: Finished | None = None
     ) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport], list[LayerReport]]:
-        """Factors of every target that lies in a layer, and reports of modules and refined layers."""
+        """Factors of every target that lies in a layer, and reports of modules and refined layers.
+
+        Layers that are in `finished` are taken from there, others are added to it.
+        """
         replacements: dict[nn.Module, LowRankLinear] = {}
         reports: list[ModuleReport] = []
         layers: list[LayerReport] = []
@@ -79,22 +83,63 @@ class Layerwise:
         for index, layer in self._layers("factorize"):
             inside = [t for t in self._inside(targets, index) if t.module not in replacements]
             student = _copied(layer, replacements)
-            for group, once in self._rounds(index, layer, inside, dense[0]):
-                moments = self._moments(index, layer, student, group, dense, ours, once)
-                for target in group:
-                    made, report = self._fitted(target, moments.pop(target.name))
-                    replacements[target.module] = made
-                    reports.append(report)
-                    place, _, child = self._relative(target, index).rpartition(".")
-                    setattr(student.get_submodule(place), child, made)
             after = self._advanced(index, layer, dense)
-            if refine is not None and inside:
-                layers.append(self._refined(refine, index, student, ours, after))
+            done = None if finished is None or not inside else finished.layer(index)
+            if done is not None:
+                made, entries, entry = self._restored(inside, done)
+                for target in inside:
+                    self._put(student, index, target, made[target.module])
+            else:
+                made, entries = self._factors(index, layer, student, inside, dense, ours)
+                entry = None
+                if refine is not None and inside:
+                    entry = self._refined(refine, index, student, ours, after)
+                if finished is not None and inside:
+                    finished.save_layer(index, _tensors(inside, made), entries, entry)
+            replacements |= made
+            reports += entries
+            layers += [] if entry is None else [entry]
             # Before the first factors both models are one.
             ours = self._advanced(index, student, ours) if replacements else list(after)
             dense = after
         order = {target.name: place for place, target in enumerate(targets)}
         return replacements, sorted(reports, key=lambda r: order[r.name]), layers
+
+    def _factors(
+        self,
+        index: int,
+        layer: nn.Module,
+        student: nn.Module,
+        inside: list[Target],
+        dense: list[torch.Tensor],
+        ours: list[torch.Tensor],
+    ) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport]]:
+        """Fits the modules of a layer and puts them into `student`, each behind the ones before it."""
+        replacements, reports = {}, []
+        for group, once in self._rounds(index, layer, inside, dense[0]):
+            moments = self._moments(index, layer, student, group, dense, ours, once)
+            for target in group:
+                made, report = self._fitted(target, moments.pop(target.name))
+                replacements[target.module] = made
+                reports.append(report)
+                self._put(student, index, target, made)
+        return replacements, reports
+
+    def _put(self, student: nn.Module, index: int, target: Target, made: LowRankLinear) -> None:
+        place, _, child = self._relative(target, index).rpartition(".")
+        setattr(student.get_submodule(place), child, made)
+
+    def _restored(
+        self,
+        inside: list[Target],
+        done: tuple[dict[str, torch.Tensor], list[ModuleReport], LayerReport | None],
+    ) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport], LayerReport | None]:
+        tensors, reports, entry = done
+        made = {}
+        for target in inside:
+            u, v = (tensors[f"{target.name}.{key}"].to(target.weight.device) for key in "uv")
+            made[target.module] = low_rank(target.module, u, v)
+        return made, reports, entry
 
     def _layers(self, title: str) -> Iterator[tuple[int, nn.Module]]:
         bar = tqdm(self.chain.layers, title, disable=not self.progress, unit="layer")
@@ -202,6 +247,16 @@ class Layerwise:
 
         before, after = refine_layer(student, run, expected, self.masks, refine, seed=index)
         return LayerReport(self.chain.name(index), before, after)
+
+
+def _tensors(
+    targets: list[Target], made: Mapping[nn.Module, LowRankLinear]
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for target in targets:
+        found[f"{target.name}.u"] = made[target.module].u.weight
+        found[f"{target.name}.v"] = made[target.module].v.weight
+    return found
 
 
 def _copied(layer: nn.Module, replacements: Mapping[nn.Module, LowRankLinear]) -> nn.Module:
