@@ -130,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     add("--calibration", type=int, default=128, help="windows (default 128)")
     add("--batch", type=int, default=8, help="calibration windows in a batch (default 8)")
     add("--steps", type=int, default=200, help="of refinement, a layer (default 200)")
-    add("--lr", type=float, default=1e-4, help="of refinement (default 1e-4)")
+    add("--lr", type=float, default=3e-4, help="of refinement (default 3e-4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE")
     return parser.parse_args()

@@ -115,7 +115,7 @@ def _arguments() -> argparse.Namespace:
     add("--calibration", type=int, default=1024, help="articles (default 1024)")
     add("--batch", type=int, default=32, help="articles in a batch (default 32)")
     add("--steps", type=int, default=200, help="of refinement, a layer (default 200)")
-    add("--lr", type=float, default=1e-4, help="of refinement (default 1e-4)")
+    add("--lr", type=float, default=3e-4, help="of refinement (default 3e-4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE")
     return parser.parse_args()

@@ -80,9 +80,10 @@ def factorize(
             from what reaches it behind the layers that are factorized already, so that later layers
             make up for earlier ones (AA-SVD's objective, see `feedback.corrected`). For a model whose layers are
             entries of one nn.ModuleList, called in order; modules outside of it, and those a router
-            calls with other tokens than before, are fitted without. Held in memory: one layer's
-            activations and covariances, and the hidden states of all calibration tokens twice, on
-            the CPU where they would take more than a quarter of a GPU's free memory.
+            calls with other tokens than before, are fitted without. Held in memory: the activations of
+            one layer and batch, covariances of modules that read one tensor (for allocation: of one
+            layer), and the hidden states of all calibration tokens three times, on the CPU where they
+            would take more than a quarter of a GPU's free memory.
         refine: With feedback, train the factors of each layer after they are fitted, see `Refine`.
         resume: With feedback, a directory for finished layers, which an interrupted call with the same
             model, batches and arguments takes from there (`loss` is not compared). Not deleted.

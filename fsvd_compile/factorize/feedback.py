@@ -13,7 +13,7 @@ from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.calibration import tokens_of
 
 # Of the mean of the diagonal, as GPTQ's damping is given (arXiv 2210.17323, section 3.3).
-DAMPING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+DAMPING = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 class Moments:

@@ -1,7 +1,7 @@
 """Factors layer by layer, each fitted behind the layers that are factorized already.
 
-In memory at a time: the hidden states of all calibration tokens once in the dense model and once in the
-factorized one, and the moments of the modules that read one tensor.
+In memory at a time: the hidden states of all calibration tokens before and behind one layer of the dense model and
+before it in the factorized one, and the moments of the modules that read one tensor.
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ class Layerwise:
     ) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport], list[LayerReport]]:
         """Factors of every target that lies in a layer, and reports of modules and refined layers.
 
-        Layers that are in `finished` are taken from there, others are added to it.
+        To be called once, as it takes the hidden states of the chain. Layers that are in `finished`
+        are taken from there, others are added to it.
         """
         replacements: dict[nn.Module, LowRankLinear] = {}
         reports: list[ModuleReport] = []
         layers: list[LayerReport] = []
         dense = self._starts(3)
         ours = list(dense)
+        self.chain.starts.clear()
         for index, layer in self._layers("factorize"):
             inside = [t for t in self._inside(targets, index) if t.module not in replacements]
             student = _copied(layer, replacements)

@@ -30,7 +30,7 @@ class Refine:
     """
 
     steps: int = 200
-    lr: float = 1e-4
+    lr: float = 3e-4
     held_out: float = 0.125
     seed: int = 0
 
