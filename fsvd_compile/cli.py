@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 import fsvd_compile
 from fsvd_compile import bench, families
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, generate
 from fsvd_compile.errors import FlashSVDError, WrongResultError
 from fsvd_compile.factorize import Refine, checkpoint
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT", required=True
     )
     _add_decode(benches)
+    _add_generate(benches)
     _add_inspect(commands)
     _add_convert(commands)
     _add_factorize(commands)
@@ -173,10 +175,8 @@ def _factorize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_decode(benches: argparse._SubParsersAction) -> None:
-    summary = _summary(decode)
-    parser = benches.add_parser("decode", help=summary, description=summary)
-    default = decode.Setting(device="cuda" if torch.cuda.is_available() else "cpu")
+def _add_subject(parser: argparse.ArgumentParser, default: decode.Setting, context: str) -> None:
+    """The arguments of a benchmark that say which model is measured, and where the rows go."""
     add = parser.add_argument
     add(
         "--model",
@@ -200,12 +200,21 @@ def _add_decode(benches: argparse._SubParsersAction) -> None:
         "819 (default %(default)s)",
     )
     add("--batch", type=int, default=default.batch, help="sequences (default %(default)s)")
+    add("--context", type=int, default=default.context, help=f"{context} (default %(default)s)")
+    add("--device", default=default.device, help="cpu or cuda (default %(default)s)")
     add(
-        "--context",
-        type=int,
-        default=default.context,
-        help="tokens of each sequence in the KV cache before a block of calls (default %(default)s)",
+        "--json",
+        metavar="FILE",
+        help="add the rows to FILE, replacing those of the same name and conditions",
     )
+
+
+def _add_decode(benches: argparse._SubParsersAction) -> None:
+    summary = _summary(decode)
+    parser = benches.add_parser("decode", help=summary, description=summary)
+    default = decode.Setting(device="cuda" if torch.cuda.is_available() else "cpu")
+    _add_subject(parser, default, "tokens of each sequence in the KV cache before a block of calls")
+    add = parser.add_argument
     add(
         "--cache",
         type=int,
@@ -217,7 +226,6 @@ def _add_decode(benches: argparse._SubParsersAction) -> None:
         help=f"what to time, comma-separated, of {', '.join(decode.PEERS)}; dense-* run the dense "
         f"model of the same shape (default {','.join(default.peers)})",
     )
-    add("--device", default=default.device, help="cpu or cuda (default %(default)s)")
     add(
         "--rounds",
         type=int,
@@ -233,22 +241,50 @@ def _add_decode(benches: argparse._SubParsersAction) -> None:
         action="store_false",
         help="do not compare logits with an fp32 copy (saves its memory)",
     )
-    add(
-        "--json",
-        metavar="FILE",
-        help="add the rows to FILE, replacing those of the same name and conditions",
-    )
     parser.set_defaults(run=_decode)
 
 
 def _decode(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "batch", "context", "cache", "peers", "device", "rounds")
     names += ("calls", "check")
-    setting = decode.Setting(**{name: getattr(args, name) for name in names})
+    return _measured(decode, args, names)
+
+
+def _add_generate(benches: argparse._SubParsersAction) -> None:
+    summary = _summary(generate)
+    parser = benches.add_parser("generate", help=summary, description=summary)
+    default = generate.Setting(device="cuda" if torch.cuda.is_available() else "cpu")
+    _add_subject(parser, default.subject, "tokens of each prompt")
+    add = parser.add_argument
+    add("--new", type=int, default=default.new, help="new tokens (default %(default)s)")
+    add(
+        "--peers",
+        type=_names,
+        default=default.peers,
+        help=f"what to time, comma-separated, of {', '.join(generate.PEERS)} "
+        f"(default {','.join(default.peers)})",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=default.rounds,
+        help="timed calls per peer (default %(default)s)",
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    names = ("model", "keep", "round", "batch", "context", "new", "peers", "device", "rounds")
+    return _measured(generate, args, names)
+
+
+def _measured(what: ModuleType, args: argparse.Namespace, names: Sequence[str]) -> int:
+    """Runs a benchmark with the arguments of these names, prints its table and keeps its rows."""
+    setting = what.Setting(**{name: getattr(args, name) for name in names})
     if args.json:
         bench.load(args.json)  # a file that cannot take the rows is found before the measurement
-    rows = decode.run(setting, say=lambda line: print(line, flush=True))
-    print(decode.table(rows))
+    rows = what.run(setting, say=lambda line: print(line, flush=True))
+    print(what.table(rows))
     if args.json:
         bench.add(rows, args.json)
     return 0

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from fsvd_compile import LowRankLinear, cli
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, generate
 from fsvd_compile.errors import BenchError, WrongResultError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,6 +53,37 @@ def rows_of(path: pathlib.Path) -> dict[tuple[str, str], dict]:
     rows = {(e["name"], e["conditions"]["timer"]): e for e in entries}
     assert len(rows) == len(entries)
     return rows
+
+
+def test_generate_end_to_end(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    args = ["--model", "tiny", "--context", "8", "--new", "6", "--rounds", "2", "--device", "cpu"]
+    args += ["--peers", "eager,flashsvd-static", "--json", str(path)]
+    assert cli.main(["bench", "generate", *args]) == 0
+    out = capsys.readouterr().out
+    assert "100% of the tokens agree" in out and "speed-up" in out
+    rows = rows_of(path)
+    assert list(rows) == [("eager", "wall"), ("flashsvd-static", "wall")]
+    for entry in rows.values():
+        assert entry["tokens"] == 6 and entry["conditions"]["new"] == 6
+        assert entry["ms_per_token"] == pytest.approx(entry["median_ms"] / 6, abs=1e-3)
+        assert len(entry["first_calls_s"]) == generate.UNTIMED and entry["agrees"] == 1
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--peers", "eager,nobody"], "'nobody'"),
+        (["--peers", ","], "none given"),
+        (["--new", "0"], "new=0"),
+        (["--rounds", "0"], "rounds=0"),
+        (["--keep", "1.5"], "keep"),
+        (["--model", "no/such"], "neither one of"),
+    ],
+)
+def test_generate_refuses(args, words, capsys):
+    assert cli.main(["bench", "generate", "--device", "cpu", *args]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_decode_end_to_end(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Measurements: the stopwatch, and the benchmarks behind `fsvd-compile bench`.
 
-`decode` is a sub-module, imported where it is used: the stopwatch needs nothing but torch.
+`decode` and `generate` are sub-modules, imported where they are used: the stopwatch needs nothing but torch.
 """
 
 from fsvd_compile.bench.stopwatch import Row, add, conditions, load, measure, save, table
