@@ -10,9 +10,9 @@ import pytest
 import torch
 import zoo
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from fsvd_compile import backend, kept_cache
+from fsvd_compile import backend, factorize, kept_cache
 from fsvd_compile.generate import decode_loop
 from fsvd_compile.report import collect
 
@@ -90,6 +90,27 @@ def test_longer_texts_and_other_batches_stay_fused(model):
     assert [r.tokens for r in decode] == [1, 1, 3]
     assert all(r.matches.get("decode_attention") == model.config.num_hidden_layers for r in decode)
     assert all(r.matches.get("rope_append") == model.config.num_hidden_layers for r in decode)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_prompts_of_other_lengths_share_one_graph(model, heads):
+    """The first length has a graph of its own, the second one makes it symbolic, and it stays that."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=320, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=heads,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+    plain = LlamaForCausalLM(config).to(model.device, dtype).eval().requires_grad_(False)
+    factorize(plain, 0.5)
+    compiled = torch.compile(plain, backend="flashsvd")
+    compiled.generate(prompt(plain, 40), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with collect() as reports:
+        for length in (37, 45, 50):
+            compiled.generate(
+                prompt(plain, length), max_new_tokens=3, do_sample=False, pad_token_id=0
+            )
+    assert [r.phase for r in reports] == ["any"]
 
 
 def test_more_graphs_than_dynamo_allows(model):
