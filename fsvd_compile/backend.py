@@ -108,9 +108,9 @@ def _compiled(
     compile_fn = _inductor(config)
     static = {i for i, x in enumerate(example_inputs) if _has_static_address(x)}
     pieces = cut(gm.graph) if config.layers else []
+    dynamic = _dynamic(gm)
     if len(pieces) < 2:
         report.layers = [1]
-        dynamic = _dynamic(gm)
         with _counted(list(gm.graph.nodes), report):
             whole = compile_fn(gm, example_inputs)
         return _graphed(whole, "step", static, written, config, report, dynamic)
@@ -135,12 +135,11 @@ def _compiled(
             # What only later pieces read may lie in the graph's own memory; what the caller gets may not.
             inner = not any(n in results for n in piece.outputs)
             functions[i] = _graphed(
-                functions[i], f"layer {i}", fixed, mutated, config, report, None, borrow=inner
+                functions[i], f"layer {i}", fixed, mutated, config, report, dynamic, borrow=inner
             )
         return Program(gm.graph, pieces, functions)
-    return _graphed(
-        Program(gm.graph, pieces, functions), "step", static, written, config, report, None
-    )
+    program = Program(gm.graph, pieces, functions)
+    return _graphed(program, "step", static, written, config, report, dynamic)
 
 
 @contextlib.contextmanager
@@ -245,6 +244,10 @@ def _written_inputs(gm: GraphModule) -> set[int]:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
+    if isinstance(
+        node.meta.get("example_value"), torch.SymFloat
+    ):  # of a constant that a rewrite read
+        return False
     return bool(written_by(node)) or node.is_impure() or val(node) is None
 
 

@@ -47,12 +47,29 @@ class Piece:
         )  # fmt: skip
         memory: dict[int | None, int] = {}
         layout = tuple(
-            (tuple(v.shape), v.stride(), v.dtype, v.device, memory.setdefault(storage(n), i))
+            # As text: a symbolic size is not to be hashed.
+            (f"{tuple(v.shape)} {v.stride()}", v.dtype, v.device, memory.setdefault(storage(n), i))
             if (v := val(n)) is not None
             else n  # a number is a symbol of this graph: shared with nobody
             for i, n in enumerate(self.inputs)
         )
         return body, layout, tuple(local[n] for n in self.outputs)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether it reads numbers, or tensors of symbolic sizes."""
+        return any(val(n) is None or not is_static(n) for n in self.inputs)
+
+    def binds_its_symbols(self) -> bool:
+        """Whether every symbol in a layout is an input itself or the plain size of one, where Inductor finds it."""
+        known, used = set(), set()
+        for node in self.inputs:
+            value = val(node)
+            sizes = [node.meta["example_value"]] if value is None else value.shape
+            known |= {_expression(s) for s in sizes}
+            for size in sizes if value is None else (*sizes, *value.stride()):
+                used |= getattr(_expression(size), "free_symbols", set())
+        return used <= known
 
     def module(self) -> GraphModule:
         """The run as a graph of its own, inputs in order of first use."""
@@ -65,6 +82,10 @@ class Piece:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[n] for n in self.outputs))
         return GraphModule({}, graph)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 class _Ref(str):
@@ -81,22 +102,23 @@ def _target_name(node: Node) -> str:
 def cut(graph: Graph) -> list[Piece]:
     """The graph as pieces in order; a single piece when no layer repeats.
 
-    Graphs whose values have symbolic shapes are never cut: one symbol can bind several sizes, and a piece would
-    see only some of them.
+    A graph of symbolic shapes stays whole if one of its pieces would not see a symbol that it needs.
     """
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     # A sub-graph (of a control-flow or attention operator) is a constant that a piece cannot take as an input.
     bodies = any(
         n.op == "call_module" or (n.op == "get_attr" and val(n) is None) for n in graph.nodes
     )
-    if bodies or not all(is_static(n) for n in graph.nodes):
+    # What a tensor holds (a float of the model, with dynamic=True) is known to the whole graph's inputs only.
+    if bodies or any(n.target in ("item", torch.ops.aten.item.default) for n in calls):
         return [_piece(calls)]
     _bring_views_home(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     runs = _runs(calls)
     pieces = [_piece(run) for run in runs]
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
-    if not any(count > 1 for count in repeated.values()):
+    repeats = any(count > 1 for count in repeated.values())
+    if not repeats or not all(p.binds_its_symbols() for p in pieces):
         return [_piece(calls)]
     return pieces
 
@@ -150,18 +172,18 @@ Compile = Callable[[GraphModule, list[Any]], Callable]
 def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
     """Compile a piece by itself.
 
-    A piece of tensors alone gets a tracing context of its own, so that nothing of the whole graph's leaks in. One that
-    also reads symbolic numbers (a cache length kept as an int) needs the symbols' own context, Dynamo's.
+    A piece of plain tensors gets a tracing context of its own, so that nothing of the whole graph's leaks in. One that
+    reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's.
     """
-    numbers = any(val(n) is None for n in piece.inputs)
-    mode = TracingContext.get().fake_mode if numbers else FakeTensorMode()
+    symbolic = piece.symbolic
+    mode = TracingContext.get().fake_mode if symbolic else FakeTensorMode()
     with mode:
         inputs = [_fake_input(n) for n in piece.inputs]
     module = piece.module()
     for node in module.graph.nodes:
         # Values of the mode that traced the whole graph would clash with these.
         node.meta.pop("example_value", None)
-    if numbers:
+    if symbolic:
         return compile_fn(module, inputs)
     with tracing(TracingContext(mode)):
         return compile_fn(module, inputs)

@@ -68,6 +68,43 @@ def test_same_layers_are_lowered_once(lowered):
     assert len(lowered) == 3
 
 
+def check_lengths(model, lengths=(3, 7, 4)):
+    model = model.eval().requires_grad_(False)
+    compiled = torch.compile(model, backend="flashsvd", dynamic=True)
+    with torch.no_grad(), collect() as reports:
+        for length in lengths:
+            x = torch.randn(2, length, 8)
+            assert_close("stack", compiled(x), model(x), 1e-5)
+    assert len(reports) == 1 and reports[0].phase == "any"
+    return reports[0]
+
+
+def test_layers_of_any_length_are_lowered_once(lowered):
+    report = check_lengths(Stack(*(Block(6, nn.GELU()) for _ in range(5))))
+    assert report.layers == [1, 5, 1]
+
+
+class Twice(Stack):
+    """Layers see twice the length, in no input of theirs by itself."""
+
+    def forward(self, x):
+        return super().forward(torch.cat([x, x + 1], 1))
+
+
+def test_a_length_that_layers_see_only_in_an_expression_leaves_the_graph_whole(lowered):
+    report = check_lengths(Twice(*(Block(6, nn.GELU()) for _ in range(5))))
+    assert report.layers == [1]
+
+
+def test_layers_that_use_the_length_itself(lowered):
+    class Scaled(Block):
+        def forward(self, x):
+            return super().forward(x) / x.shape[1] + torch.arange(x.shape[1])[:, None]
+
+    report = check_lengths(Stack(*(Scaled(6, nn.GELU()) for _ in range(4))))
+    assert report.layers == [1, 4, 1]
+
+
 def test_different_layers_do_not_share(lowered):
     blocks = [
         Block(6, nn.GELU()),

@@ -194,6 +194,27 @@ def test_many_prompt_lengths_and_batches(cheap):
     assert counted(reports[-1]) == LLAMA | {"attention": 2}
 
 
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_dynamic_from_the_first_call(cheap, name):
+    """`dynamic=True` makes inputs of a model's floats, too: an epsilon is fixed where a norm is fused."""
+    model = zoo.factorized(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="flashsvd", dynamic=True)
+    with torch.no_grad(), collect() as reports:
+        for batch, length in [(2, 9), (3, 7), (1, 1)]:
+            if name == "mlp":
+                x, more = torch.randn(batch, length, next(model.parameters()).shape[1]), {}
+            else:
+                x = torch.randint(1, 97, (batch, length))
+                more = {} if name == "bert" else {"use_cache": False}
+            expected, actual = model(x, **more), compiled(x, **more)
+            if name != "mlp":
+                expected, actual = expected[0], actual[0]
+            assert_close(f"{name} {batch}x{length}", actual, expected, 1e-5)
+    assert reports[0].phase == "any" and reports[0].matches["lowrank_chain"]
+    assert name == "bert" or reports[0].matches["norm_prologue"]
+
+
 def test_packed_tokens_like_continuous_batching(cheap):
     """(1, total_tokens) inputs with explicit positions and a block-diagonal mask: the mask is what counts."""
     model = zoo.factorized("llama")

@@ -13,7 +13,9 @@ from fsvd_compile.passes.graph import (
     Writes,
     emit,
     is_input,
+    is_number,
     is_static,
+    number,
     same_shape,
     same_size,
     shape,
@@ -299,14 +301,14 @@ def _attention_guard(match: Match, context: Context) -> str | None:
         return f"the mask has shape {shape(mask)}, not [batch, heads, tokens, keys]"
     if mask is None and heads == key_heads and context.device != "cuda":
         return "no mask and no grouped heads: scaled_dot_product_attention serves it"
-    if match["scale"] is not None and not isinstance(match["scale"], (int, float)):
+    if match["scale"] is not None and not is_number(match["scale"]):
         return "scale is computed"
     return None
 
 
 def _replace_attention(match: Match, graph: Graph) -> Node:
     head = shape(match["query"])[-1]
-    scale = float(match["scale"]) if match["scale"] is not None else 1.0 / math.sqrt(head)
+    scale = number(match["scale"]) if match["scale"] is not None else 1.0 / math.sqrt(head)
     op = Attention(match["query"], match["key"], match["value"], match["attn_mask"], scale)
     return emit_op(graph, match.root, match.root, op)
 

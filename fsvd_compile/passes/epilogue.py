@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, Node
 
-from fsvd_compile.passes.graph import read_ahead, same_shape, shape, val
+from fsvd_compile.passes.graph import is_number, number, read_ahead, same_shape, shape, val
 from fsvd_compile.passes.ops import Expand, Shrink, emit_op, read
 from fsvd_compile.passes.pattern import Call, Either, Is, Match, Maybe, Pattern, Var
 from fsvd_compile.passes.rewrite import Context, Rewrite
@@ -102,10 +102,6 @@ def _replace_activation(match: Match, graph: Graph) -> Node:
     return emit_op(graph, match.root, match.root, expand)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 _LAST = Either(Is(-1), Is([-1]), Is((-1,)))
 _X = Var("x32")
 _SQUARE = Either(
@@ -116,12 +112,12 @@ _RSTD = Call(
     input=Call(
         "add",
         input=Call("mean", input=_SQUARE, dim=_LAST, keepdim=Var("keepdim", lambda v: v is True)),
-        other=Var("eps", _is_number),
+        other=Var("eps", is_number),
     ),
 )
 _UNIT = Maybe("cast", Call("mul", input=_X, other=_RSTD))
 _WEIGHT = Maybe("cast", Var("weight", lambda v: len(shape(v)) == 1))
-_OFFSET_WEIGHT = Call("add", input=Var("offset", _is_number), other=_WEIGHT)
+_OFFSET_WEIGHT = Call("add", input=Var("offset", is_number), other=_WEIGHT)
 # Zhang & Sennrich, arXiv 1910.07467, eq. 4, in the spellings of Llama (w · x̂) and Gemma (x̂ · (1 + w)).
 _RMS: Pattern = Maybe("cast", Call("mul", input=_UNIT, other=Either(_OFFSET_WEIGHT, _WEIGHT)))
 
@@ -173,6 +169,8 @@ def _norm_guard(match: Match, context: Context) -> str | None:
     the statistic itself, K reads from L2. In the prefill phase the op is lowered to a norm and GEMMs again."""
     if not same_shape(shape(match["x"]), shape(match.root.args[0])):
         return "the norm changes the shape"
+    if not (is_number(match["eps"]) and is_number(match["offset"])):
+        return "the norm's epsilon or offset is computed"
     x = val(match["x"])
     if x.dtype != val(match.root).dtype or x.device != val(match.root).device:
         return f"the norm casts {x.dtype} to {val(match.root).dtype}"
@@ -190,8 +188,8 @@ def _replace_norm(match: Match, graph: Graph) -> Node:
         norm=match["norm"],
         norm_weight=match["weight"],
         norm_bias=match["bias"],
-        norm_eps=float(match["eps"]),
-        norm_offset=float(match["offset"]),
+        norm_eps=number(match["eps"]),
+        norm_offset=number(match["offset"]),
     )
     return emit_op(graph, match.root, match.root, shrink)
 

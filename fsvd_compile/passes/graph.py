@@ -62,6 +62,22 @@ def tokens(node: Node) -> int | None:
     return rows
 
 
+def is_number(value: Any) -> bool:
+    """Whether `number` takes it."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+
+
+def number(value: Any) -> float:
+    """A constant of the model as a float.
+
+    With `dynamic=True` Dynamo makes an input of each, such as the epsilon of a norm. Reading it here fixes it:
+    Dynamo guards its value and compiles anew for another.
+    """
+    return float(value.meta["example_value"] if isinstance(value, Node) else value)
+
+
 def storage(node: Any) -> int | None:
     """An identity for the memory behind a node: views and in-place results share it."""
     value = val(node)
