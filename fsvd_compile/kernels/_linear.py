@@ -13,8 +13,9 @@ and bias, activation, gate and residual behind.
   kernel is complete before it touches an activation or writes anything. Every kernel of this
   package waits, so completion is transitive.
 * `_skinny`, for a few dozen tokens: `tl.dot` on tiles of 16 to 64 tokens, every weight read once
-  per tile. A norm runs in `_norm_rows` before it: per program it would re-read M * K values for
-  every few rows of W.
+  per tile. Each warp of a program takes slices of K of its own (to Triton, a batch), summed at the
+  end. A norm runs in `_norm_rows` before it: per program it would re-read M * K values for every
+  few rows of W.
 
 How a weight is stored ("row": K contiguous, "col": rows contiguous, "any") is compile-time
 knowledge, and so is the alignment of its rows: sizes and strides arrive divided by ALIGN and are
