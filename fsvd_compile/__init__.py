@@ -8,7 +8,7 @@ its entry point. Importing it gives the pieces around the backend. Nothing here 
 from fsvd_compile.backend import flashsvd
 from fsvd_compile.config import Config
 from fsvd_compile.explain import explain
-from fsvd_compile.factorize import Refine, factorize
+from fsvd_compile.factorize import Refine, calibration_windows, factorize
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families import load, register, save
 
@@ -18,6 +18,7 @@ __all__ = [
     "LowRankLinear",
     "Refine",
     "__version__",
+    "calibration_windows",
     "explain",
     "factorize",
     "flashsvd",

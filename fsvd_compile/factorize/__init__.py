@@ -25,10 +25,18 @@ from fsvd_compile.factorize.resume import Finished, described
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
 from fsvd_compile.factorize.swap import decomposed, low_rank, swap
+from fsvd_compile.factorize.windows import calibration_windows
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families.hub import describe
 
-__all__ = ["FactorizeReport", "LayerReport", "ModuleReport", "Refine", "factorize"]
+__all__ = [
+    "FactorizeReport",
+    "LayerReport",
+    "ModuleReport",
+    "Refine",
+    "calibration_windows",
+    "factorize",
+]
 
 
 def factorize(
@@ -65,7 +73,7 @@ def factorize(
             stays dense, and keep = 1 always means dense.
         calibration: Batches: token tensors `[B, T]` (the model's first argument) or dicts of
             keyword arguments. Tokens with a 0 in a `[B, T]` `attention_mask` do not count. `None`:
-            plain SVD.
+            plain SVD. Of text: `calibration_windows`.
         select: A predicate `(name, module) -> bool` or glob patterns of module names. By default
             every nn.Linear and transformers Conv1D except the output embeddings. Modules whose
             weight is tied to another stay dense in any case.

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any
 
 import torch
 
 from fsvd_compile.errors import FactorizeError
-from fsvd_compile.factorize import FactorizeReport, Keep, Refine, factorize
+from fsvd_compile.factorize import (
+    FactorizeReport,
+    Keep,
+    Refine,
+    calibration_windows,
+    factorize,
+)
 from fsvd_compile.families import check_free, save
-
-
-def windows_of_text(text: str, tokenizer: Any, length: int, count: int) -> list[torch.Tensor]:
-    """Up to `count` batches `[1, length]` of token ids, from the beginning of the text on; a rest is left.
-
-    Raises:
-        FactorizeError: the text is shorter than one window.
-    """
-    ids = tokenizer(text, verbose=False).input_ids
-    batches = torch.tensor(ids[: count * length]).split(length)
-    whole = [batch[None] for batch in batches if len(batch) == length]
-    if not whole:
-        raise FactorizeError(
-            f"The calibration text has {len(ids)} tokens, fewer than one window of {length}. Give a "
-            "longer text or a shorter window."
-        )
-    return whole
 
 
 def factorize_checkpoint(
@@ -86,7 +74,7 @@ def factorize_checkpoint(
             text = pathlib.Path(calibration).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise FactorizeError(f"calibration: {calibration} cannot be read: {error}") from error
-        batches = windows_of_text(text, tokenizer, length, count)
+        batches = calibration_windows(text, tokenizer, length, count)
     model.eval().requires_grad_(False)
     report = factorize(
         model,

@@ -15,8 +15,6 @@ from transformers import (
 )
 
 from fsvd_compile import LowRankLinear, cli
-from fsvd_compile.errors import FactorizeError
-from fsvd_compile.factorize.checkpoint import windows_of_text
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -98,13 +96,3 @@ def test_bad_arguments(source, tmp_path, capsys, more, says):
 def test_bad_source(tmp_path, capsys):
     assert command(tmp_path / "nowhere", tmp_path / "out") == 2
     assert "cannot be loaded" in capsys.readouterr().err
-
-
-def test_windows(source):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    text = (source / "text.txt").read_text()
-    windows = windows_of_text(text, tokenizer, 64, 3)
-    assert [w.shape for w in windows] == [(1, 64)] * 3
-    assert len(windows_of_text(text, tokenizer, 64, 99)) == 4
-    with pytest.raises(FactorizeError, match="300 tokens, fewer than one window of 301"):
-        windows_of_text(text, tokenizer, 301, 1)
