@@ -152,9 +152,14 @@ def decode_loop(
     limit = stopping_criteria.max_length
     compiled = model._compiled_call_impl is not None
     if (given := model_kwargs.get("past_key_values")) is not None:
-        free = compiled and config.cache_implementation is None
+        # A prompt of embeddings has a length that the limit does not count; chunks go through another call.
+        plain = model_kwargs.get("inputs_embeds") is None and config.prefill_chunk_size is None
         model_kwargs["past_key_values"] = kept_cache.take(
-            model, given, len(input_ids), limit, dynamic=free
+            model,
+            given,
+            input_ids,
+            None if limit is None else max(limit, input_ids.shape[1] + 1),
+            dynamic=compiled and plain and config.cache_implementation is None,
         )
     automatic = not compiled and model._valid_auto_compile_criteria(model_kwargs, config)
     forward = model.get_compiled_call(config.compile_config) if automatic else model.__call__

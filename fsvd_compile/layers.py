@@ -66,6 +66,8 @@ class Piece:
         for node in self.inputs:
             value = val(node)
             sizes = [node.meta["example_value"]] if value is None else value.shape
+            if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
+                return False  # a computed float: Inductor would fix what it is computed from
             known |= {_expression(s) for s in sizes}
             for size in sizes if value is None else (*sizes, *value.stride()):
                 used |= getattr(_expression(size), "free_symbols", set())

@@ -10,7 +10,16 @@ import pytest
 import torch
 import zoo
 from torch._dynamo.backends.debugging import aot_eager
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteriaList,
+)
 
 from fsvd_compile import backend, factorize, kept_cache
 from fsvd_compile.generate import decode_loop
@@ -24,12 +33,16 @@ def model(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
         # What is decided by memory and speed of a GPU only.
-        monkeypatch.setattr(kept_cache, "_static_pays", lambda model: True)
+        monkeypatch.setattr(kept_cache, "_static_pays", lambda model: not is_alibi(model))
         monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)
     monkeypatch.setattr(kept_cache, "SHORTEST", 16)
     torch._dynamo.reset()
     yield zoo.factorized("llama").to(request.param)
     torch._dynamo.reset()
+
+
+def is_alibi(model):
+    return getattr(model.config, "alibi", False)
 
 
 def prompt(model, length=5, batch=1):
@@ -163,7 +176,7 @@ def test_a_model_that_nobody_compiled_keeps_its_dynamic_cache(model):
 )
 def test_what_is_not_taken(model, given):
     cache = given(model)
-    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    assert kept_cache.take(model, cache, prompt(model), 20, dynamic=True) is cache
     kept_cache.keep(model, cache)
     assert model not in kept_cache._kept
 
@@ -179,69 +192,129 @@ def used(model):
     return cache
 
 
-def test_models_whose_keys_have_an_unknown_dtype_keep_theirs(model):
-    model.lm_head.half()
+def test_under_autocast_and_in_training_it_stays(model):
     cache = new_cache(model)
-    assert kept_cache.take(model, cache, 1, 20) is cache
-    model.lm_head.float()
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
-        assert kept_cache.take(model, cache, 1, 20) is cache
-    assert kept_cache.take(model, cache, 1, 20) is not cache
+        assert kept_cache.take(model, cache, prompt(model), 20) is cache
+    assert kept_cache.take(model.train(), cache, prompt(model), 20) is cache
+    assert kept_cache.take(model.eval(), cache, prompt(model), 20) is not cache
+
+
+def falcon(**more):
+    torch.manual_seed(2)
+    config = FalconConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, **more,
+    )  # fmt: skip
+    return FalconForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_keys_of_another_size_than_the_configuration_tells(model, kind):
+    """One KV head where transformers' guess for a static cache is four."""
+    other = falcon().to(model.device)
+    assert other._get_static_cache_init_shape()[0] == 4
+    ids = prompt(other)
+    expected = generate(other, ids)
+    compiled = torch.compile(other, backend="flashsvd")
+    for _ in range(2):
+        assert torch.equal(generate(compiled, ids, cache_implementation=kind), expected)
+    assert kept_cache._kept[other][1].layers[0].keys.shape[1] == 1
+
+
+def test_a_model_that_cannot_use_a_static_cache(model, caplog):
+    other = falcon(alibi=True, multi_query=False).to(model.device)
+    ids = prompt(other)
+    expected = generate(other, ids)
+    assert torch.equal(generate(torch.compile(other, backend="flashsvd"), ids), expected)
+    assert other not in kept_cache._kept
+
+
+def test_embeddings_as_a_prompt_count(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    torch.manual_seed(4)
+    size = model.config.hidden_size
+    given = {
+        "inputs_embeds": torch.randn(1, 30, size, device=model.device),
+        "attention_mask": torch.ones(1, 30, dtype=torch.long, device=model.device),
+        "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    assert torch.equal(compiled.generate(**given), model.generate(**given))
+
+
+def test_a_criterion_below_the_length_of_the_prompt(model):
+    compiled = torch.compile(model, backend="flashsvd")
+    ids = prompt(model, 30)
+    more = {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(10)])}
+    expected = generate(model, ids, **more)
+    assert expected.shape[1] == 31
+    assert torch.equal(generate(compiled, ids, **more), expected)
 
 
 def test_dynamic_becomes_static_only_where_it_pays_and_fits(model, monkeypatch, caplog):
     cache = DynamicCache(config=model.config)
-    assert kept_cache.take(model, cache, 1, 20) is cache  # not asked for
-    assert kept_cache.take(model, cache, 1, None, dynamic=True) is cache  # no length
+    assert kept_cache.take(model, cache, prompt(model), 20) is cache  # not asked for
+    assert kept_cache.take(model, cache, prompt(model), None, dynamic=True) is cache  # no length
     monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: False)
-    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    assert kept_cache.take(model, cache, prompt(model), 20, dynamic=True) is cache
     assert "max_new_tokens" in caplog.text
     monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)
     monkeypatch.setattr(kept_cache, "_static_pays", lambda model: False)
-    assert kept_cache.take(model, cache, 1, 20, dynamic=True) is cache
+    assert kept_cache.take(model, cache, prompt(model), 20, dynamic=True) is cache
     monkeypatch.setattr(kept_cache, "_static_pays", lambda model: True)
-    assert type(kept_cache.take(model, cache, 1, 20, dynamic=True)) is StaticCache
+    assert type(kept_cache.take(model, cache, prompt(model), 20, dynamic=True)) is StaticCache
 
 
 @pytest.mark.gpu
-def test_half_of_the_free_memory():
+def test_half_of_the_free_memory(monkeypatch):
     model = zoo.factorized("llama").cuda()
     heads, size = model._get_static_cache_init_shape()
     layers = model.config.num_hidden_layers
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     free -= torch.cuda.memory_allocated()
+    monkeypatch.setattr(kept_cache, "LONGEST", 1 << 60)
     length = free // 2 // (2 * layers * heads * size * 4)
     for share, fits in ((0.98, True), (1.02, False)):
         layout = kept_cache._Layout(1, int(share * length), torch.float32, model.device, 0)
         assert kept_cache._fits(layout, heads, size, layers) == fits
     assert kept_cache._static_pays(model)
+    assert not kept_cache._static_pays(falcon(alibi=True, multi_query=False).cuda())
+
+
+def test_nobody_asked_for_a_very_long_one():
+    layout = kept_cache._Layout(1, kept_cache.LONGEST + 4096, torch.float32, torch.device("cpu"), 0)
+    assert not kept_cache._fits(layout, 1, 8, 1)
 
 
 def test_another_shape_gets_another_cache(model):
-    first = kept_cache.take(model, new_cache(model), 1, 20)
+    first = kept_cache.take(model, new_cache(model), prompt(model), 20)
     kept_cache.keep(model, first)
     for more in ({"batch": 2}, {"length": 40}):
         shape = {"batch": 1, "length": 20} | more
         given = new_cache(model, max_cache_len=shape["length"])
-        other = kept_cache.take(model, given, **shape)
+        ids = prompt(model, batch=shape["batch"])
+        other = kept_cache.take(model, given, ids, shape["length"])
         assert other is not first
         assert other.layers[0].keys.shape[0] == shape["batch"]
         assert other.layers[0].max_cache_len == other.layers[0].keys.shape[2] >= shape["length"]
         kept_cache.keep(model, first)
     model.double()
-    assert kept_cache.take(model, new_cache(model), 1, 20).layers[0].keys.dtype == torch.float64
+    assert (
+        kept_cache.take(model, new_cache(model), prompt(model), 20).layers[0].keys.dtype
+        == torch.float64
+    )
 
 
 def test_taken_from_twice_there_are_two_and_what_is_kept_is_empty(model):
-    first = kept_cache.take(model, new_cache(model), 1, 20)
+    first = kept_cache.take(model, new_cache(model), prompt(model), 20)
     model(prompt(model), past_key_values=first, use_cache=True)
     first.layers[0].keys[:, :, -1] = float("nan")
     kept_cache.keep(model, first)
-    again = kept_cache.take(model, new_cache(model), 1, 20)
+    again = kept_cache.take(model, new_cache(model), prompt(model), 20)
     assert again is first
     assert not any(t.any() for layer in again.layers for t in (layer.keys, layer.values))
     assert int(again.get_seq_length()) == 0
-    assert kept_cache.take(model, new_cache(model), 1, 20) is not first
+    assert kept_cache.take(model, new_cache(model), prompt(model), 20) is not first
 
 
 def test_threads_have_caches_of_their_own(model):

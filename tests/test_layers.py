@@ -105,6 +105,19 @@ def test_layers_that_use_the_length_itself(lowered):
     assert report.layers == [1, 4, 1]
 
 
+def test_a_float_of_the_length_that_crosses_a_border_leaves_the_graph_whole(lowered):
+    class Shrunk(Stack):
+        def forward(self, x):
+            factor = x.shape[1] ** -0.5
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x) * factor
+            return x.softmax(-1)
+
+    report = check_lengths(Shrunk(*(Block(6, nn.GELU()) for _ in range(4))))
+    assert report.layers == [1]
+
+
 def test_different_layers_do_not_share(lowered):
     blocks = [
         Block(6, nn.GELU()),

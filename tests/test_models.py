@@ -11,7 +11,7 @@ from decoding import DECODERS, check_decoder, dynamic, run, static
 from harness import assert_close
 from torch._dynamo.backends.debugging import aot_eager
 
-from fsvd_compile import backend
+from fsvd_compile import LowRankLinear, backend
 from fsvd_compile.report import collect
 
 # Matches per graph for two layers: (prompt, decode). The same for every spelling of a factorized linear.
@@ -213,6 +213,31 @@ def test_dynamic_from_the_first_call(cheap, name):
             assert_close(f"{name} {batch}x{length}", actual, expected, 1e-5)
     assert reports[0].phase == "any" and reports[0].matches["lowrank_chain"]
     assert name == "bert" or reports[0].matches["norm_prologue"]
+
+
+def test_an_epsilon_read_from_a_tensor_is_left_alone(cheap):
+    class Norm(torch.nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(size))
+            self.register_buffer("eps", torch.tensor(0.5))
+
+        def forward(self, x):
+            x = x.float()
+            return self.weight * (
+                x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps.item())
+            )
+
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(Norm(32), LowRankLinear(32, 24, 5)).eval().requires_grad_(False)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), collect() as reports:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="flashsvd")
+        for eps in (0.5, 2.0):
+            model[0].eps.fill_(eps)
+            x = torch.randn(3, 32)
+            assert_close(f"eps {eps}", compiled(x), model(x), 1e-5)
+    assert len(reports) == 1 and "norm_prologue" not in reports[0].matches
 
 
 def test_packed_tokens_like_continuous_batching(cheap):

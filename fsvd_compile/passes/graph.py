@@ -13,6 +13,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -66,7 +67,9 @@ def is_number(value: Any) -> bool:
     """Whether `number` takes it."""
     if isinstance(value, Node):
         value = value.meta.get("example_value")
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    # An unbacked one is read from a tensor when the graph runs.
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    return known and not free_unbacked_symbols(value)
 
 
 def number(value: Any) -> float:
