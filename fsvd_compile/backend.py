@@ -244,11 +244,10 @@ def _written_inputs(gm: GraphModule) -> set[int]:
 
 
 def _has_effect(node: torch.fx.Node) -> bool:
-    if isinstance(
-        node.meta.get("example_value"), torch.SymFloat
-    ):  # of a constant that a rewrite read
-        return False
-    return bool(written_by(node)) or node.is_impure() or val(node) is None
+    if written_by(node) or node.is_impure():
+        return True
+    # A float that nobody reads was a constant of the model, which a rewrite has read.
+    return val(node) is None and not isinstance(node.meta.get("example_value"), torch.SymFloat)
 
 
 def _dynamic(gm: GraphModule) -> str | None:

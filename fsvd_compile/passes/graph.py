@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
@@ -64,12 +64,12 @@ def tokens(node: Node) -> int | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `number` takes it."""
+    """Whether `number` takes it: no bool, no size, and no float that is read from a tensor when the graph runs."""
     if isinstance(value, Node):
         value = value.meta.get("example_value")
-    # An unbacked one is read from a tensor when the graph runs.
-    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
-    return known and not free_unbacked_symbols(value)
+    if isinstance(value, torch.SymFloat):
+        return not free_unbacked_symbols(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def number(value: Any) -> float:
@@ -234,27 +234,22 @@ def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -
 def set_value(node: Node) -> None:
     """Compute a call's fake value from the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    fakes = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
     # Inside the values' own mode: an operation may make tensors of its own.
-    mode = _fake_mode(args, kwargs) or contextlib.nullcontext()
-    with torch.no_grad(), mode, _decompositions(args, kwargs):
+    mode = fakes[0].fake_mode if fakes else contextlib.nullcontext()
+    with torch.no_grad(), mode, _decompositions(fakes):
         if node.op == "call_function":
             node.meta["example_value"] = node.target(*args, **kwargs)
         else:
             node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
 
 
-def _decompositions(*values: Any) -> contextlib.AbstractContextManager:
+def _decompositions(tensors: list[FakeTensor]) -> contextlib.AbstractContextManager:
     """Python's where a size is symbolic, as Dynamo has it: of torch 2.11's in C++ one asks CUDA tensors for numbers
     and so fixes the symbols. Not for other values: some of Python's copy what eager only views."""
-    leaves = torch.utils._pytree.tree_leaves(values)
-    tensors = (leaf for leaf in leaves if isinstance(leaf, FakeTensor))
     symbolic = any(not isinstance(s, int) for t in tensors for s in (*t.shape, *t.stride()))
     return enable_python_dispatcher() if symbolic else contextlib.nullcontext()
-
-
-def _fake_mode(*values: Any) -> FakeTensorMode | None:
-    leaves = torch.utils._pytree.tree_leaves(values)
-    return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 
 def refresh_values(graph: Graph, changed: set[Node], stale: Iterable[Node] = ()) -> None:
