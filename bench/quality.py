@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import pathlib
 import sys
 import time
@@ -90,14 +89,18 @@ def report(
     rows: list[dict], path: str | None, where: dict, way: str, keep: float, model, texts: dict, found: dict
 ) -> None:  # fmt: skip
     """Measures, prints and stores one row; the file is complete after every row."""
-    perplexities = {name: perplexity(model, windows) for name, windows in texts.items()}
+    perplexities = {name: smollm2.perplexity(model, windows) for name, windows in texts.items()}
     rows.append({"way": way, "keep": keep, "perplexity": perplexities} | found)
     cells = "".join(f"{value:12.2f}" for value in perplexities.values())
     print(f"{way:<15}{keep:6.2f}{cells}{found['factorize_s']:8.1f}", flush=True)
+    store(rows, path, where)
+
+
+def store(rows: list[dict], path: str | None, where: dict) -> None:
+    """All rows so far with their conditions, if there is a path."""
     if path:
-        pathlib.Path(path).write_text(
-            json.dumps([row | {"conditions": where} for row in rows], indent=1) + "\n"
-        )
+        text = json.dumps([row | {"conditions": where} for row in rows], indent=1)
+        pathlib.Path(path).write_text(text + "\n")
 
 
 def spread(text: str, tokenizer, count: int) -> torch.Tensor:
@@ -109,31 +112,26 @@ def spread(text: str, tokenizer, count: int) -> torch.Tensor:
     return whole[torch.arange(count) * len(whole) // count]
 
 
-@torch.no_grad()
-def perplexity(model, windows: torch.Tensor, rows: int = 16) -> float:
-    """exp of the mean loss a token of `windows` `[count, length]`, so many at a time."""
-    device = next(model.parameters()).device
-    total = 0.0
-    for batch in windows.split(rows if device.type == "cuda" else 1):
-        batch = batch.to(device)
-        total += model(batch, labels=batch).loss.item() * len(batch)
-    return math.exp(total / len(windows))
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    add_stages(parser)
     add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
     add("--text", type=_text, action="append", default=[], metavar="NAME=FILE")
     add("--windows", type=int, default=200, help=f"of {LENGTH} tokens, a text (default 200)")
     add("--calibration", type=int, default=128, help="windows (default 128)")
     add("--batch", type=int, default=8, help="calibration windows in a batch (default 8)")
+    return parser.parse_args()
+
+
+def add_stages(parser: argparse.ArgumentParser) -> None:
+    """The arguments that the stages of the compressor have for every model."""
+    add = parser.add_argument
+    add("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     add("--steps", type=int, default=200, help="of refinement, a layer (default 200)")
     add("--lr", type=float, default=3e-4, help="of refinement (default 3e-4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE")
-    return parser.parse_args()
 
 
 def _text(argument: str) -> tuple[str, str]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import pathlib
 import time
 
 import quality  # finds the modules of examples/, too
@@ -48,9 +46,7 @@ def main() -> None:
     def report(way: str, keep: float, model, found: dict) -> None:
         rows.append({"way": way, "keep": keep, "recall@1": recall(model, held_out)} | found)
         print(f"{way:<15}{keep:6.2f}{rows[-1]['recall@1']:10.3f}", flush=True)
-        if args.json:
-            text = json.dumps([row | {"conditions": where} for row in rows], indent=1)
-            pathlib.Path(args.json).write_text(text + "\n")
+        quality.store(rows, args.json, where)
 
     report("dense", 1.0, dense, {})
     for keep in args.keep:
@@ -110,14 +106,10 @@ def recall(model, batches: list[dict[str, torch.Tensor]]) -> float:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    quality.add_stages(parser)
     add("--articles", type=int, default=1000, help="held out, to search among (default 1000)")
     add("--calibration", type=int, default=1024, help="articles (default 1024)")
     add("--batch", type=int, default=32, help="articles in a batch (default 32)")
-    add("--steps", type=int, default=200, help="of refinement, a layer (default 200)")
-    add("--lr", type=float, default=3e-4, help="of refinement (default 3e-4)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", metavar="FILE")
     return parser.parse_args()
 
 

@@ -48,7 +48,7 @@ def main() -> None:
 
     with step(3, "What it costs: perplexity on held-out leads"):
         for name, model in {"dense": dense, "factorized": factorized}.items():
-            print(f"{name:<12}{smollm2.perplexity(model, held_out.to(device)):8.2f}")
+            print(f"{name:<12}{smollm2.perplexity(model, held_out):8.2f}")
 
     with step(4, 'Text (greedy, float32), with torch.compile(backend="flashsvd") at the end'):
         decoders = make_decoders(dense, factorized, prompt, args)

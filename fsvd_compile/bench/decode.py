@@ -531,11 +531,16 @@ def _check_model(model: str) -> None:
         )
 
 
-def _check_peers(peers: Sequence[str], keep: float) -> None:
-    unknown = [name for name in peers if name not in PEERS]
+def check_peers(peers: Sequence[str], allowed: Mapping[str, Any]) -> None:
+    """Raises BenchError unless there are peers, and all are keys of what is allowed."""
+    unknown = [name for name in peers if name not in allowed]
     if unknown or not peers:
         given = ", ".join(map(repr, unknown)) or "none"
-        raise BenchError(f"peers: {given} given; allowed, comma-separated: {', '.join(PEERS)}.")
+        raise BenchError(f"peers: {given} given; allowed, comma-separated: {', '.join(allowed)}.")
+
+
+def _check_peers(peers: Sequence[str], keep: float) -> None:
+    check_peers(peers, PEERS)
     same = [name for name in peers if PEERS[name].dense]
     if same and keep == 1:
         raise BenchError(

@@ -55,10 +55,7 @@ class Setting:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.peers if name not in PEERS]
-        if unknown or not self.peers:
-            given = ", ".join(map(repr, unknown)) or "none"
-            raise BenchError(f"peers: {given} given; allowed, comma-separated: {', '.join(PEERS)}.")
+        decode.check_peers(self.peers, PEERS)
         object.__setattr__(self, "peers", tuple(dict.fromkeys(self.peers)))
         for name in ("new", "rounds"):
             if getattr(self, name) < 1:

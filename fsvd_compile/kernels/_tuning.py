@@ -98,10 +98,8 @@ def _skinny_rule(op, tokens, itemsize, gated, shared) -> Tile:
     GPUs were not measured.
     """
     block_m = min(64, max(16, next_power_of_2(tokens)))
-    num_warps = None
     if itemsize != 2:
         block_r, split, block_k, num_stages = 16, 4, 16, 3
-        num_warps = 8 if gated else 4  # registers of multiply-adds without tensor cores
     elif block_m == 64:
         block_r, split, block_k, num_stages = 16, 4, 64, 4  # twice the K spills
     elif op == "shrink":
@@ -114,7 +112,9 @@ def _skinny_rule(op, tokens, itemsize, gated, shared) -> Tile:
     column = (block_m + block_r) * split * itemsize * (2 if gated else 1)
     while block_k > 16 and column * block_k * (num_stages - 1) > shared - 4096:
         block_k //= 2
-    return Tile(block_r, block_k, num_warps or split, block_m, num_stages, split)
+    # Two warps a slice for the registers of multiply-adds without tensor cores.
+    num_warps = 2 * split if itemsize != 2 and gated else split
+    return Tile(block_r, block_k, num_warps, block_m, num_stages, split)
 
 
 def _nearest(op, k, rows, tokens, itemsize) -> dict | None:
