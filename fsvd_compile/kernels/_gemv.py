@@ -47,6 +47,8 @@ def _gemv(
     BLOCK_K: tl.constexpr,
     NUM_K: tl.constexpr,
     ALIGN: tl.constexpr,
+    STEP: tl.constexpr,
+    VECTOR: tl.constexpr,
     LAYOUT: tl.constexpr,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
@@ -62,35 +64,31 @@ def _gemv(
     N_ALIGN: tl.constexpr = ALIGN if LAYOUT == "col" else 1
     K_ALIGN: tl.constexpr = ALIGN if LAYOUT == "row" else 1
     m0 = tl.program_id(1) * TOKENS
-    which, first, column = locate(tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R)
+    which, first, column = locate(
+        tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R, STEP
+    )
     n = pick_size(which, N, COUNT) * N_ALIGN
     K = pick_size(which, KS, COUNT) * K_ALIGN
-    rows = first + tl.arange(0, BLOCK_R)
+    rows = first + tl.arange(0, BLOCK_R) * STEP
     k = tl.arange(0, BLOCK_K)
     row_ok = rows < n
 
-    w_at = pick_pointer(which, W, COUNT) + weight_offsets(
-        rows[:, None],
-        k[None, :],
-        pick_int(which, STRIDE_R, COUNT) * ALIGN,
-        pick_int(which, STRIDE_K, COUNT) * ALIGN,
-        LAYOUT,
-    )
-    w_step = BLOCK_K * (1 if LAYOUT == "row" else pick_int(which, STRIDE_K, COUNT) * ALIGN)
-    keep = row_ok[:, None] & (k < K)[None, :]
-    w = tl.load(w_at, mask=keep, other=0.0, eviction_policy="evict_first")
+    stride_r = pick_int(which, STRIDE_R, COUNT) * ALIGN
+    stride_k = pick_int(which, STRIDE_K, COUNT) * ALIGN
+    w_at = pick_pointer(which, W, COUNT)
+    w_step = BLOCK_K * (1 if LAYOUT == "row" else stride_k)
+    shift = _shift(first, stride_r, VECTOR)
+    w_at += _offsets(rows, k, stride_r, stride_k, LAYOUT, VECTOR)
+    w = _load(w_at, row_ok, k, shift, K, VECTOR)
     if GATED:
         K_up = tl.cast(KS[1], tl.int32) * K_ALIGN
-        u_at = W[1] + weight_offsets(
-            rows[:, None],
-            k[None, :],
-            tl.cast(STRIDE_R[1], tl.int64) * ALIGN,
-            tl.cast(STRIDE_K[1], tl.int64) * ALIGN,
-            LAYOUT,
-        )
-        u_step = BLOCK_K * (1 if LAYOUT == "row" else tl.cast(STRIDE_K[1], tl.int64) * ALIGN)
-        keep_up = row_ok[:, None] & (k < K_up)[None, :]
-        u = tl.load(u_at, mask=keep_up, other=0.0, eviction_policy="evict_first")
+        stride_r = tl.cast(STRIDE_R[1], tl.int64) * ALIGN
+        stride_k = tl.cast(STRIDE_K[1], tl.int64) * ALIGN
+        u_at = W[1]
+        u_step = BLOCK_K * (1 if LAYOUT == "row" else stride_k)
+        shift_up = _shift(first, stride_r, VECTOR)
+        u_at += _offsets(rows, k, stride_r, stride_k, LAYOUT, VECTOR)
+        u = _load(u_at, row_ok, k, shift_up, K_up, VECTOR)
     bias = 0.0
     bias_up = 0.0
     if HAS_BIAS:
@@ -114,15 +112,19 @@ def _gemv(
 
     # All that the kernel before may have written is requested at once: what is asked for later is
     # waited for once more.
-    a = tl.load(z0 + k * stride_xk, mask=k < K, other=0.0).to(tl.float32)
+    at = k - shift
+    inside = _inside(k, shift, K, VECTOR)
+    a = tl.load(z0 + at * stride_xk, mask=inside, other=0.0).to(tl.float32)
     if TOKENS == 2:
-        b = tl.load(z1 + k * stride_xk, mask=k < K, other=0.0).to(tl.float32)
+        b = tl.load(z1 + at * stride_xk, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         v0 = x0 + tl.cast(OFFSETS[1], tl.int64) * stride_xk
         v1 = x1 + tl.cast(OFFSETS[1], tl.int64) * stride_xk
-        c = tl.load(v0 + k * stride_xk, mask=k < K_up, other=0.0).to(tl.float32)
+        at = k - shift_up
+        inside = _inside(k, shift_up, K_up, VECTOR)
+        c = tl.load(v0 + at * stride_xk, mask=inside, other=0.0).to(tl.float32)
         if TOKENS == 2:
-            d = tl.load(v1 + k * stride_xk, mask=k < K_up, other=0.0).to(tl.float32)
+            d = tl.load(v1 + at * stride_xk, mask=inside, other=0.0).to(tl.float32)
     res0 = 0.0
     res1 = 0.0
     if HAS_RES:
@@ -165,8 +167,7 @@ def _gemv(
 
     for i in range(1, NUM_K):
         at = i * BLOCK_K + k
-        keep = row_ok[:, None] & (at < K)[None, :]
-        w = tl.load(w_at + i * w_step, mask=keep, other=0.0, eviction_policy="evict_first")
+        w = _load(w_at + i * w_step, row_ok, at, shift, K, VECTOR)
         w32 = w.to(tl.float32)
         a = tl.load(z0 + at * stride_xk, mask=at < K, other=0.0).to(tl.float32)
         g, h = norm_parameters(NORM_W, NORM_B, at, K, norm_offset, NORM, HAS_NORM_W, HAS_NORM_B)
@@ -179,8 +180,7 @@ def _gemv(
                 square1 += b * b
             acc1 += w32 * norm_apply(b, mean1, rstd1, g, h, NORM)[None, :]
         if GATED:
-            keep_up = row_ok[:, None] & (at < K_up)[None, :]
-            u = tl.load(u_at + i * u_step, mask=keep_up, other=0.0, eviction_policy="evict_first")
+            u = _load(u_at + i * u_step, row_ok, at, shift_up, K_up, VECTOR)
             u32 = u.to(tl.float32)
             c = tl.load(v0 + at * stride_xk, mask=at < K_up, other=0.0).to(tl.float32)
             up0 += u32 * c[None, :]
@@ -198,6 +198,48 @@ def _gemv(
             acc1, up1, square1, bias, bias_up, res1, K, eps, NORM, ACT, GATED, HAS_BIAS, HAS_RES
         )
         tl.store(y_at + stride_ym, y.to(Y.dtype.element_ty), mask=also)
+
+
+@jit
+def _shift(first, stride, VECTOR: tl.constexpr):
+    """How far behind a multiple of VECTOR elements the rows of a program start: where element 0 stands in a tile."""
+    if VECTOR > 1:
+        return (first * stride % VECTOR).to(tl.int32)
+    else:
+        return 0
+
+
+@jit
+def _offsets(rows, k, stride_r, stride_k, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of a tile, from the multiple of VECTOR elements in front of each row."""
+    if VECTOR > 1:
+        return (rows * stride_r // VECTOR * VECTOR)[:, None] + k[None, :]
+    else:
+        return weight_offsets(rows[:, None], k[None, :], stride_r, stride_k, LAYOUT)
+
+
+@jit
+def _load(at, row_ok, k, shift, K, VECTOR: tl.constexpr):
+    """A tile of a weight. Vectors at both ends of a row hold elements of its neighbours too, or what lies within
+    16 bytes of the weight, which no page border divides; those come out as 0."""
+    if VECTOR > 1:
+        touched = k // VECTOR * VECTOR < shift + K
+    else:
+        touched = k < K
+    keep = row_ok[:, None] & touched[None, :]
+    w = tl.load(at, mask=keep, other=0.0, eviction_policy="evict_first")
+    if VECTOR > 1:
+        w = tl.where(_inside(k, shift, K, VECTOR)[None, :], w, 0.0)
+    return w
+
+
+@jit
+def _inside(k, shift, K, VECTOR: tl.constexpr):
+    """Which columns of a tile are columns of the weight."""
+    if VECTOR > 1:
+        return (k >= shift) & (k < shift + K)
+    else:
+        return k < K
 
 
 @jit

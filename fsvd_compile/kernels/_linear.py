@@ -20,8 +20,9 @@ and bias, activation, gate and residual behind.
 How a weight is stored ("row": K contiguous, "col": rows contiguous, "any") is compile-time
 knowledge, and so is the alignment of its rows: sizes and strides arrive divided by ALIGN and are
 multiplied back in the kernel, which is how Triton learns that 16-byte loads are legal when a rank
-is a multiple of 8 but not of 16. A rank such as 819 makes every row start unaligned: ALIGN is 1 and
-each element is loaded by itself.
+is a multiple of 8 but not of 16. A rank such as 819 makes rows start anywhere between two multiples of
+16 bytes. `_gemv` then takes rows that are STEP apart, so that all of a program start equally far from one,
+reads whole vectors of 16 bytes and moves x instead of W; `_skinny` loads each element by itself.
 """
 
 from __future__ import annotations
@@ -132,12 +133,15 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     k_unit = align if layout == "row" else 1
     m = x.shape[0]
     k = max(w.shape[1] for w in weights)
+    step, vector = 1, 1
+    if phase is Phase.DECODE and layout == "row" and norm[0] == "none":
+        step, vector = _shifted(weights)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     has_bias = any(b is not None for b in biases)
     tile = _tuning.linear_tile(
         op,
         phase,
-        k=k,
+        k=k + vector - 1,
         rows=rows,
         tokens=m,
         itemsize=x.element_size(),
@@ -167,7 +171,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         "COUNT": len(weights),
         "BLOCK_R": tile.block_r,
         "BLOCK_K": tile.block_k,
-        "NUM_K": max(1, cdiv(k, tile.block_k * tile.split)),
+        "NUM_K": max(1, cdiv(k + vector - 1, tile.block_k * tile.split)),
         "ALIGN": align,
         "LAYOUT": layout,
         "ACT": act,
@@ -176,8 +180,8 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         "HAS_RES": residual is not None,
         "num_warps": tile.num_warps,
     }
-    blocks = (
-        cdiv(rows, tile.block_r) if gated else sum(cdiv(w.shape[0], tile.block_r) for w in weights)
+    blocks = sum(
+        cdiv(w.shape[0], tile.block_r * step) * step for w in (weights[:1] if gated else weights)
     )
     if phase is Phase.DECODE:
         kind, norm_w, norm_b, eps, norm_offset = norm
@@ -191,6 +195,8 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
             eps=float(eps),
             norm_offset=float(norm_offset),
             TOKENS=tile.block_m,
+            STEP=step,
+            VECTOR=vector,
             NORM=kind,
             HAS_NORM_W=norm_w is not None,
             HAS_NORM_B=norm_b is not None,
@@ -220,6 +226,20 @@ def _alignment(weights: Sequence[Tensor], layout: str) -> int:
         *(w.shape[along] for w in weights),
         *(w.stride(1 - along) for w in weights),
     )
+
+
+def _shifted(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """STEP and VECTOR of `_gemv`: (1, 1) where rows start and end at multiples of 16 bytes anyway, or must be read
+    element by element."""
+    vector = 16 // weights[0].element_size()
+    longest = max(w.shape[1] for w in weights)
+    if (
+        _alignment(weights, "row") == vector
+        or any(w.data_ptr() % 16 for w in weights)
+        or longest + vector - 1 > _tuning.SINGLE_TILE_K
+    ):
+        return 1, 1
+    return max(vector // math.gcd(vector, w.stride(0)) for w in weights), vector
 
 
 def _normed_rows(x: Tensor, norm: tuple, pdl: bool) -> Tensor:

@@ -55,7 +55,7 @@ def _skinny(
         tl.extra.cuda.gdc_launch_dependents()
     N_ALIGN: tl.constexpr = ALIGN if LAYOUT == "col" else 1
     K_ALIGN: tl.constexpr = ALIGN if LAYOUT == "row" else 1
-    which, first, column = locate(tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R)
+    which, first, column = locate(tl.program_id(0), N, N_ALIGN, 1 if GATED else COUNT, BLOCK_R, 1)
     n = pick_size(which, N, COUNT) * N_ALIGN
     K = pick_size(which, KS, COUNT) * K_ALIGN
     rows = first + tl.arange(0, BLOCK_R)

@@ -238,19 +238,23 @@ def norm_apply(x, mean, rstd, weight, bias, NORM: tl.constexpr):
 
 
 @jit
-def locate(pid, N, N_ALIGN: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(which weight, its first row here, its first output column) of a program."""
+def locate(
+    pid, N, N_ALIGN: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr
+):
+    """(which weight, its first row here, its first output column) of a program whose rows are STEP apart."""
     which = 0
     first = 0
     column = 0
     for i in tl.static_range(0, COUNT - 1):
         n = N[i] * N_ALIGN
-        past = pid >= first + tl.cdiv(n, BLOCK_R)
+        here = tl.cdiv(n, BLOCK_R * STEP) * STEP
+        past = pid >= first + here
         past = past & (which == i)
         which = tl.where(past, i + 1, which)
-        first = tl.where(past, first + tl.cdiv(n, BLOCK_R), first)
+        first = tl.where(past, first + here, first)
         column = tl.where(past, column + n, column)
-    return which, (pid - first) * BLOCK_R, column
+    block = pid - first
+    return which, block // STEP * (BLOCK_R * STEP) + block % STEP, column
 
 
 @jit

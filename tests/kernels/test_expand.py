@@ -98,6 +98,23 @@ def test_triton_storage(storage, activation, phase, poisoned):
     assert_close("y", expand_triton(*args, phase=phase), expand_reference(*args), 2e-6)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("rank", (1, 7, 8, 12, 63))
+@pytest.mark.parametrize("gap", (0, 1, 2, 4))
+@pytest.mark.parametrize("start", (0, 1))
+def test_triton_rows_that_start_anywhere(rank, gap, start, poisoned):
+    """Every distance of a row from a multiple of 16 bytes, with NaN on both sides of it."""
+    room = torch.full((start + 37 * (rank + gap),), float("nan"), dtype=torch.float16)
+    w = room[start:].view(37, rank + gap)[:, :rank].copy_(torch.randn(37, rank))
+    z = torch.full((2, rank + 8), float("nan"), dtype=torch.float16)
+    z[:, 3 : 3 + rank] = torch.randn(2, rank)
+    for weights, act in (([w], "none"), ([w, w.roll(1, 0)], "silu_mul")):
+        args = (z, weights, [None] * len(weights), [3] * len(weights), None, act)
+        for tokens in (z[:1], z):
+            y = expand_triton(tokens, *args[1:], phase=Phase.DECODE)
+            assert_close("y", y, expand_reference(tokens, *args[1:]), LIMITS[torch.float16])
+
+
 @PHASES
 @pytest.mark.interpret
 @pytest.mark.parametrize("count", (1, 3, 4, 5))
