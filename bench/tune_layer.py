@@ -104,9 +104,9 @@ def candidates(name: str) -> list[tuple]:
 def serve() -> None:
     """Makes the launchers take `tiles`."""
 
-    def linear_tile(op, phase, *, k, rows, gated, **_):
-        block_r, num_warps = tiles[ASKED[op, k, rows, gated]]
-        return Tile(block_r, next_power_of_2(k), num_warps)
+    def linear_tile(launch, device):
+        block_r, num_warps = tiles[ASKED[launch.op, launch.k, launch.rows, launch.gated]]
+        return Tile(block_r, next_power_of_2(launch.k), num_warps)
 
     def attention_tile(**_):
         block_n, splits, num_warps = tiles["attention"]

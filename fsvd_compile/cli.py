@@ -11,7 +11,7 @@ import torch
 
 import fsvd_compile
 from fsvd_compile import bench, families
-from fsvd_compile.bench import decode, generate
+from fsvd_compile.bench import decode, generate, tune
 from fsvd_compile.errors import FlashSVDError, WrongResultError
 from fsvd_compile.factorize import Refine, checkpoint
 
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_decode(benches)
     _add_generate(benches)
+    _add_tune(commands)
     _add_inspect(commands)
     _add_convert(commands)
     _add_factorize(commands)
@@ -175,8 +176,8 @@ def _factorize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_subject(parser: argparse.ArgumentParser, default: decode.Setting, context: str) -> None:
-    """The arguments of a benchmark that say which model is measured, and where the rows go."""
+def _add_model(parser: argparse.ArgumentParser, default: decode.Setting) -> None:
+    """The arguments that say of which model the time is measured."""
     add = parser.add_argument
     add(
         "--model",
@@ -199,6 +200,12 @@ def _add_subject(parser: argparse.ArgumentParser, default: decode.Setting, conte
         help="ranks are rounded down to a multiple of this; 1 takes them as they come, such as "
         "819 (default %(default)s)",
     )
+
+
+def _add_subject(parser: argparse.ArgumentParser, default: decode.Setting, context: str) -> None:
+    """The arguments of a benchmark that say which model is measured, and where the rows go."""
+    _add_model(parser, default)
+    add = parser.add_argument
     add("--batch", type=int, default=default.batch, help="sequences (default %(default)s)")
     add("--context", type=int, default=default.context, help=f"{context} (default %(default)s)")
     add("--device", default=default.device, help="cpu or cuda (default %(default)s)")
@@ -276,6 +283,42 @@ def _add_generate(benches: argparse._SubParsersAction) -> None:
 def _generate(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "batch", "context", "new", "peers", "device", "rounds")
     return _measured(generate, args, names)
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    summary = _summary(tune)
+    parser = commands.add_parser("tune", help=summary, description=summary)
+    add = parser.add_argument
+    default = decode.Setting(peers=("eager",))
+    _add_model(parser, default)
+    add(
+        "--tokens",
+        type=lambda text: tuple(int(n) for n in _names(text)),
+        default=tune.Setting.tokens,
+        help="tokens of a step to tune for, comma-separated, at most 64 each "
+        f"(default {','.join(map(str, tune.Setting.tokens))})",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=tune.Setting.jobs,
+        help="processes that compile ahead (default %(default)s)",
+    )
+    add("--json", metavar="FILE", help="write all that was tried to FILE")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    names = ("model", "keep", "round", "tokens", "jobs")
+    setting = tune.Setting(**{name: getattr(args, name) for name in names})
+    found = tune.run(setting, say=lambda line: print(line, flush=True))
+    path = tune.own_file()
+    tune.keep(found, path)
+    print(tune.table(found))
+    print(f"{len(found)} rows in {path}, which every later process reads")
+    if args.json:
+        tune.save(found, args.json)
+    return 0
 
 
 def _measured(what: ModuleType, args: argparse.Namespace, names: Sequence[str]) -> int:

@@ -25,6 +25,10 @@ class DeviceError(FlashSVDError, RuntimeError):
     """A device, driver or compiler that was asked for is not there."""
 
 
+class TableError(FlashSVDError, ValueError):
+    """A table of tile sizes is not what `fsvd-compile tune` writes."""
+
+
 class BenchError(FlashSVDError, ValueError):
     """A measurement cannot be made, or its rows not be stored, as asked for."""
 

@@ -353,10 +353,13 @@ def _logits(forward: Callable, token: torch.Tensor, cache: Any) -> torch.Tensor:
     return forward(input_ids=token, past_key_values=cache, use_cache=True).logits
 
 
-def build(setting: Setting, keep: float) -> nn.Module:
-    """The model in evaluation mode on its device, with the ranks of `keep` and `setting.round`."""
+def build(setting: Setting, keep: float, layers: int | None = None) -> nn.Module:
+    """The model in evaluation mode on its device, with the ranks of `keep` and `setting.round`.
+
+    Of a shape of `MODELS` only so many layers, if `layers` is given.
+    """
     path = setting.path
-    model = _shape(setting.model) if path is None else _load(path, setting.dtype)
+    model = _shape(setting.model, layers) if path is None else _load(path, setting.dtype)
     if keep < 1:
         _factorize_randomly(model, keep, setting.round)
     model = model.to(setting.dtype).eval().requires_grad_(False)
@@ -371,11 +374,14 @@ def build(setting: Setting, keep: float) -> nn.Module:
     return model
 
 
-def _shape(name: str) -> nn.Module:
+def _shape(name: str, layers: int | None) -> nn.Module:
     """A model of `MODELS` without memory."""
     transformers = _transformers()
+    config = transformers.LlamaConfig(**MODELS[name])
+    if layers is not None:
+        config.num_hidden_layers = layers
     with torch.device("meta"):
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODELS[name]))
+        return transformers.LlamaForCausalLM(config)
 
 
 def _load(path: pathlib.Path, dtype: torch.dtype) -> nn.Module:

@@ -222,10 +222,7 @@ def _offsets(rows, k, stride_r, stride_k, LAYOUT: tl.constexpr, VECTOR: tl.const
 def _load(at, row_ok, k, shift, K, VECTOR: tl.constexpr):
     """A tile of a weight. Vectors at both ends of a row hold elements of its neighbours too, or what lies within
     16 bytes of the weight, which no page border divides; those come out as 0."""
-    if VECTOR > 1:
-        touched = k // VECTOR * VECTOR < shift + K
-    else:
-        touched = k < K
+    touched = k // VECTOR * VECTOR < shift + K if VECTOR > 1 else k < K
     keep = row_ok[:, None] & touched[None, :]
     w = tl.load(at, mask=keep, other=0.0, eviction_policy="evict_first")
     if VECTOR > 1:

@@ -138,17 +138,18 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         step, vector = _shifted(weights)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     has_bias = any(b is not None for b in biases)
-    tile = _tuning.linear_tile(
+    launch = _tuning.Launch(
         op,
-        phase,
-        k=k + vector - 1,
-        rows=rows,
-        tokens=m,
-        itemsize=x.element_size(),
-        layout=layout,
-        gated=gated,
-        device=x.device,
+        "gemv" if phase is Phase.DECODE else "skinny",
+        k,
+        rows,
+        m,
+        x.element_size(),
+        layout,
+        gated,
+        vector,
     )
+    tile = _tuning.linear_tile(launch, x.device)
     shared = {
         "X": x,
         "Y": out,

@@ -1,26 +1,21 @@
 """Tile sizes: a measured row where there is one near, a rule elsewhere; no GPU is needed to ask.
 
-`configs/sm90.json` holds what was measured, with its provenance. A row counts for the same op,
-number of tokens and element size, for weights stored K-contiguous, with K within a factor of 1.5 of
-it and rows within a factor of 2; the nearest by the sum of the two log-distances wins. Everything
-else, and every other GPU, takes the rules below. They are not tuned: they follow the measured rows
-in shape (about 64 registers of weight requested per thread, at least two programs per
-multiprocessor) and wait for measurements.
+The rows are those of `_measured`, for weights stored K-contiguous. Everything else, and every GPU that was not measured
+(8.0, 8.9, 10.0, 12.0), takes the rules below. They follow the measured rows of an H200 in shape: about 64 registers of
+weight requested per thread, at least two programs per multiprocessor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-import math
-from importlib import resources
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from fsvd_compile.kernels import _triton
+from fsvd_compile.kernels import _measured, _triton
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
-from fsvd_compile.phase import Phase
 
 
 class Tile(NamedTuple):
@@ -34,108 +29,158 @@ class Tile(NamedTuple):
     split: int = 1
 
 
+class Launch(NamedTuple):
+    """What the tile of a launch depends on.
+
+    Attributes:
+        op: "shrink" or "expand".
+        kernel: "gemv" or "skinny".
+        k: Length of the longest weight row.
+        rows: Weight rows; of gate alone when gated.
+        tokens: M.
+        itemsize: Bytes of an element.
+        layout: As `_linear.layout_of` names it.
+        gated: Whether gate and up are multiplied.
+        vector: Elements of a load where rows start anywhere between two multiples of 16 bytes (see
+            `_linear`), else 1.
+    """
+
+    op: str
+    kernel: str
+    k: int
+    rows: int
+    tokens: int
+    itemsize: int
+    layout: str = "row"
+    gated: bool = False
+    vector: int = 1
+
+    @property
+    def block_k(self) -> int:
+        """What holds a whole row, its distance from a multiple of 16 bytes included."""
+        return max(16, next_power_of_2(self.k + self.vector - 1))
+
+    @property
+    def block_m(self) -> int:
+        """Tokens of a `_skinny` program."""
+        return min(64, max(16, next_power_of_2(self.tokens)))
+
+
 # Whole rows up to this K are requested at once; longer ones loop. 16384 covers the 11008 that was
 # measured.
 SINGLE_TILE_K = 16384
 # Bytes of weight a thread requests before it waits: 64 registers, what the measured tiles come to.
 THREAD_BYTES = 256
 
+_asked: list[Launch] | None = None
+_forced: Tile | None = None
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Every linear takes this tile, to time it."""
+    global _forced
+    before, _forced = _forced, tile
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects what tiles are asked for, each once."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def linear_tile(launch: Launch, device: torch.device) -> Tile:
+    """The tile for a launch."""
+    if _asked is not None and launch not in _asked:
+        _asked.append(launch)
+    if _forced is not None:
+        return _forced
+    return _linear_tile(launch, device)
+
+
+def forget() -> None:
+    """Looks at the tables again."""
+    _linear_tile.cache_clear()
+
 
 @functools.lru_cache(4096)
-def linear_tile(
-    op: str,
-    phase: Phase,
-    *,
-    k: int,
-    rows: int,
-    tokens: int,
-    itemsize: int,
-    layout: str,
-    gated: bool,
-    device: torch.device,
-) -> Tile:
-    """The tile for a launch of `rows` weight rows (of gate alone when gated) of length `k`."""
-    if phase is not Phase.DECODE:
-        return _skinny_rule(op, tokens, itemsize, gated, _triton.shared_memory(device))
-    whole = layout == "row" and k <= SINGLE_TILE_K
+def _linear_tile(launch: Launch, device: torch.device) -> Tile:
+    row = None
+    capability = _triton.capability(device)
+    whole = launch.layout == "row" and launch.block_k <= SINGLE_TILE_K
+    if launch.kernel == "skinny":
+        if capability is not None and launch.layout == "row":
+            row = _measured.nearest(launch, launch.block_m, capability)
+        shared = _triton.shared_memory(device)
+        return _skinny_rule(launch, shared) if row is None else _skinny_row(launch, row, shared)
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
-    tokens = 1 if gated and not whole else min(tokens, 2)
-    if whole and _triton.capability(device) == (9, 0):
-        # What was measured is the packed gate-up: a gated program takes half its rows from each of
-        # the two.
-        both = 2 if gated else 1
-        row = _nearest(op, k, rows * both, tokens, itemsize)
-        if row is not None:
-            block_r = max(1, row["block_r"] // both)
-            return Tile(block_r, max(16, next_power_of_2(k)), row["num_warps"], tokens)
-    return _gemv_rule(k, rows, tokens, itemsize, layout, gated, _triton.multiprocessors(device))
+    tokens = 1 if launch.gated and not whole else min(launch.tokens, 2)
+    if whole and capability is not None:
+        row = _measured.nearest(launch, tokens, capability)
+    if row is None:
+        return _gemv_rule(launch, tokens, _triton.multiprocessors(device))
+    return Tile(row["block_r"], launch.block_k, row["num_warps"], tokens)
 
 
-def _gemv_rule(k, rows, tokens, itemsize, layout, gated, sms) -> Tile:
-    budget = THREAD_BYTES // itemsize // (2 if gated else 1) // tokens
-    if layout != "row":
+def _gemv_rule(launch: Launch, tokens: int, sms: int) -> Tile:
+    budget = THREAD_BYTES // launch.itemsize // (2 if launch.gated else 1) // tokens
+    if launch.layout != "row":
         # Neighbours in memory are neighbouring rows: 16 of them fill a 32-byte sector in bf16.
         return Tile(block_r=16, block_k=128 // tokens, num_warps=4, block_m=tokens)
-    block_k = max(16, next_power_of_2(k))
+    block_k = launch.block_k
     if block_k > SINGLE_TILE_K:
         return Tile(block_r=4 // tokens, block_k=1024, num_warps=4, block_m=tokens)
     num_warps = 2 if block_k <= 1024 else 4 if block_k <= 2048 else 8
     while block_k > budget * 32 * num_warps:
         num_warps *= 2
     block_r = max(1, min(8, budget * 32 * num_warps // block_k))
-    while block_r > 1 and cdiv(rows, block_r) < 2 * sms:
+    while block_r > 1 and cdiv(launch.rows, block_r) < 2 * sms:
         block_r //= 2
     return Tile(block_r, block_k, num_warps, tokens)
 
 
-def _skinny_rule(op, tokens, itemsize, gated, shared) -> Tile:
+def _skinny_row(launch: Launch, row: dict, shared: int) -> Tile:
+    """A measured tile; a GPU of the same capability with less shared memory takes a shorter one."""
+    return _skinny(
+        launch, row["block_r"], row["split"], row["block_k"], row["num_stages"], shared
+    )  # fmt: skip
+
+
+def _skinny_rule(launch: Launch, shared: int) -> Tile:
     """One tile for all shapes of an op.
 
     The best by the sum over the linears of a LLaMA-7B layer at keep 0.5, of 8 and of 32 tokens, on an H200: 89 and
-    113 us a layer, 10 and 16 above what the best tile of each would take, 99 and 107 with cuBLAS without its
-    kernels for gate, residual and norm (`python bench/tune_few.py`, bench/results/tune_few_h200.json). Other
-    GPUs were not measured.
+    113 us a layer, 10 and 16 above what the best tile of each would take (bench/results/tune_h200.json).
     """
-    block_m = min(64, max(16, next_power_of_2(tokens)))
-    if itemsize != 2:
-        block_r, split, block_k, num_stages = 16, 4, 16, 3
-    elif block_m == 64:
-        block_r, split, block_k, num_stages = 16, 4, 64, 4  # twice the K spills
-    elif op == "shrink":
-        block_r, split, block_k, num_stages = 16, 4, 128, 4
-    elif gated:
-        block_r, split, block_k, num_stages = 32, 2, 64, 3
-    else:
-        block_r, split, block_k, num_stages = 16, 2, 128, 5
+    if launch.itemsize != 2:
+        return _skinny(launch, 16, 4, 16, 3, shared)
+    if launch.block_m == 64:
+        return _skinny(launch, 16, 4, 64, 4, shared)  # twice the K spills
+    if launch.op == "shrink":
+        return _skinny(launch, 16, 4, 128, 4, shared)
+    if launch.gated:
+        return _skinny(launch, 32, 2, 64, 3, shared)
+    return _skinny(launch, 16, 2, 128, 5, shared)
+
+
+def _skinny(launch, block_r, split, block_k, num_stages, shared) -> Tile:
     # A stage, of which one is in registers, holds a tile of x and one of W, both twice when gated.
-    column = (block_m + block_r) * split * itemsize * (2 if gated else 1)
+    column = (launch.block_m + block_r) * split * launch.itemsize * (2 if launch.gated else 1)
     while block_k > 16 and column * block_k * (num_stages - 1) > shared - 4096:
         block_k //= 2
     # Two warps a slice for the registers of multiply-adds without tensor cores.
-    num_warps = 2 * split if itemsize != 2 and gated else split
-    return Tile(block_r, block_k, num_warps, block_m, num_stages, split)
-
-
-def _nearest(op, k, rows, tokens, itemsize) -> dict | None:
-    best, least = None, math.inf
-    for row in measured()["gemv"]:
-        if (row["op"], row["tokens"], row["itemsize"]) != (op, tokens, itemsize):
-            continue
-        by_k = abs(math.log2(max(k, 1) / row["k"]))
-        by_rows = abs(math.log2(max(rows, 1) / row["rows"]))
-        # A tile for a shorter power of two would need more registers than were measured.
-        fits = next_power_of_2(k) <= next_power_of_2(row["k"])
-        if fits and by_k <= math.log2(1.5) and by_rows <= 1 and by_k + by_rows < least:
-            best, least = row, by_k + by_rows
-    return best
-
-
-@functools.cache
-def measured() -> dict:
-    """`configs/sm90.json`."""
-    path = resources.files("fsvd_compile.kernels").joinpath("configs/sm90.json")
-    return json.loads(path.read_text())
+    num_warps = 2 * split if launch.itemsize != 2 and launch.gated else split
+    return Tile(block_r, block_k, num_warps, launch.block_m, num_stages, split)
 
 
 class AttentionTile(NamedTuple):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+
 import pytest
 import torch
 
-from fsvd_compile.kernels import _triton, _tuning
-from fsvd_compile.phase import Phase
+from fsvd_compile.bench import tune
+from fsvd_compile.errors import BenchError, TableError
+from fsvd_compile.kernels import _measured, _triton, _tuning
 
 CPU = torch.device("cpu")
 
@@ -17,46 +21,41 @@ def h200(monkeypatch):
     monkeypatch.setattr(_triton, "capability", lambda device: (9, 0))
     monkeypatch.setattr(_triton, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(_triton, "shared_memory", lambda device: 232448)
-    _tuning.linear_tile.cache_clear()
+    _tuning.forget()
     yield
-    _tuning.linear_tile.cache_clear()
+    _tuning.forget()
 
 
-def tile(op, k, rows, tokens=1, itemsize=2, layout="row", gated=False, phase=Phase.DECODE):
-    return _tuning.linear_tile(
-        op,
-        phase,
-        k=k,
-        rows=rows,
-        tokens=tokens,
-        itemsize=itemsize,
-        layout=layout,
-        gated=gated,
-        device=CPU,
-    )
+def tile(op, k, rows, tokens=1, itemsize=2, layout="row", gated=False, kernel="gemv", vector=1):
+    launch = _tuning.Launch(op, kernel, k, rows, tokens, itemsize, layout, gated, vector)
+    return _tuning.linear_tile(launch, CPU)
 
 
 def test_measured_rows_have_provenance():
-    table = _tuning.measured()
-    assert {"gpu", "versions", "what", "caveat"} <= set(table["provenance"])
-    for row in table["gemv"]:
-        assert set(row) == {"op", "k", "rows", "tokens", "itemsize", "block_r", "num_warps", "of"}
+    path = resources.files("fsvd_compile.kernels").joinpath("configs/sm90.json")
+    assert {"gpu", "versions", "what", "caveat"} <= set(_measured.read(path)["provenance"])
+    for kernel, rows in _measured.measured((9, 0)).items():
+        assert rows
+        for row in rows:
+            assert {*_measured.KEY, *_measured.TILES[kernel], "of"} <= set(row)
 
 
 def test_measured_rows_are_found(h200):
-    for row in _tuning.measured()["gemv"]:
-        found = tile(row["op"], row["k"], row["rows"])
-        assert (found.block_r, found.num_warps) == (row["block_r"], row["num_warps"]), row["of"]
-        assert found.block_k >= row["k"]
-
-
-def test_gated_takes_half_of_the_packed_row(h200):
-    found = tile("expand", 1488, 11008, gated=True)
-    assert (found.block_r, found.num_warps) == (2, 2)
+    for kernel, rows in _measured.measured((9, 0)).items():
+        for row in rows:
+            vector = 16 // row["itemsize"] if row["shifted"] else 1
+            found = tile(
+                row["op"], row["k"], row["rows"], row["tokens"], gated=row["gated"], kernel=kernel,
+                vector=vector,
+            )  # fmt: skip
+            for name in _measured.TILES[kernel]:
+                assert getattr(found, name) == row[name], row
+            assert kernel != "gemv" or found.block_k >= row["k"] + vector - 1
 
 
 @pytest.mark.parametrize(
-    "change", ({"tokens": 2}, {"itemsize": 4}, {"layout": "col"}, {"k": 400}, {"rows": 20})
+    "change",
+    ({"tokens": 2}, {"itemsize": 4}, {"layout": "col"}, {"k": 400}, {"rows": 20}, {"vector": 8}),
 )
 def test_measured_rows_do_not_stretch(change, h200, monkeypatch):
     """Another problem than the measured one asks the rule."""
@@ -68,8 +67,14 @@ def test_measured_rows_do_not_stretch(change, h200, monkeypatch):
 
 
 def test_other_gpus_ask_the_rule(monkeypatch):
-    monkeypatch.setattr(_tuning, "_nearest", lambda *args: pytest.fail("no table for this device"))
-    tile("shrink", 4097, 1024)
+    monkeypatch.setattr(_triton, "capability", lambda device: (8, 0))
+    asked = []
+    rule = _tuning._gemv_rule
+    monkeypatch.setattr(_tuning, "_gemv_rule", lambda *args: asked.append(args) or rule(*args))
+    _tuning.forget()
+    tile("shrink", 4096, 1024)
+    _tuning.forget()
+    assert asked
 
 
 @pytest.mark.parametrize("gated", (False, True))
@@ -90,11 +95,101 @@ def test_gemv_tiles_fit_in_registers(tokens, itemsize, gated, h200):
 @pytest.mark.parametrize("tokens", (3, 17, 64))
 def test_skinny_tiles_fit_in_99_kb(tokens, op, itemsize, gated):
     """What GPUs of compute capability 8.6 and 8.9 have, the least since 8.0."""
-    t = tile(op, 4096, 11008, tokens, itemsize, gated=gated, phase=Phase.FEW)
+    t = tile(op, 4096, 11008, tokens, itemsize, gated=gated, kernel="skinny")
     stage = (t.block_m + t.block_r) * t.split * t.block_k * itemsize * (2 if gated else 1)
     assert stage * (t.num_stages - 1) <= 99 * 1024
     assert t.block_m >= 16 and t.block_r >= 16 and t.block_k >= 16
     assert t.num_warps % t.split == 0
+
+
+@pytest.fixture
+def own(h200, tmp_path, monkeypatch):
+    """The user's table for an H200, empty at first."""
+    monkeypatch.setenv("FSVD_TUNED", str(tmp_path / "tuned"))
+    yield _measured.own_file((9, 0))
+    monkeypatch.undo()
+    _measured.measured.cache_clear()
+
+
+def found_tile(launch, tile, us=3.0):
+    return tune.Found(launch, {tile: us}, before=4.0, library=5.0, bytes=10**6)
+
+
+def test_what_tune_found_is_used(own, monkeypatch):
+    monkeypatch.setattr(
+        tune, "conditions", lambda device: dict.fromkeys(("device", "torch", "triton"), "x")
+    )
+    gemv = _tuning.Launch("shrink", "gemv", 4096, 1024, 1, 2)
+    few = _tuning.Launch("expand", "skinny", 300, 700, 9, 2, gated=True)
+    wanted = {
+        gemv: _tuning.Tile(16, 4096, 32),
+        few: _tuning.Tile(64, 32, 4, 16, 3, 4),
+    }
+    for launch, chosen in wanted.items():
+        assert _tuning.linear_tile(launch, CPU) != chosen
+        tune.keep([found_tile(launch, chosen)], own)
+    for launch, chosen in wanted.items():
+        assert _tuning.linear_tile(launch, CPU) == chosen
+        assert _tuning.linear_tile(launch._replace(k=launch.k - 8), CPU).block_r == chosen.block_r
+    again = _tuning.Tile(8, 4096, 32)
+    tune.keep([found_tile(gemv, again)], own)
+    assert _tuning.linear_tile(gemv, CPU) == again
+    assert [len(json.loads(own.read_text())[kernel]) for kernel in ("gemv", "skinny")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("", "{}", "[]", '{"gemv": [{"op": "shrink"}], "skinny": []}', '{"gemv": 3, "skinny": []}'),
+)
+def test_a_file_that_is_no_table(text, own):
+    own.parent.mkdir(parents=True)
+    own.write_text(text)
+    _measured.measured.cache_clear()
+    with pytest.raises(TableError, match="FSVD_TUNED"):
+        tile("shrink", 4096, 1024)
+
+
+def test_candidates_fit_in_registers():
+    gated = _tuning.Launch("expand", "gemv", 1791, 11008, 1, 2, gated=True, vector=8)
+    tiles = tune.candidates(gated)
+    assert len(tiles) > 4 and len(set(tiles)) == len(tiles)
+    for t in tiles:
+        assert t.block_k == 2048 and t.block_r * 2 * 2048 * 2 / (32 * t.num_warps) <= 256
+    assert tune.candidates(gated._replace(k=20000)) == []
+    assert tune.candidates(gated._replace(layout="col")) == []
+    assert len(tune.candidates(gated._replace(kernel="skinny"))) > 20
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("op, gated", (("shrink", False), ("expand", False), ("expand", True)))
+@pytest.mark.parametrize("kernel", ("gemv", "skinny"))
+def test_a_tile_is_checked(op, gated, kernel, monkeypatch):
+    launch = _tuning.Launch(op, kernel, 120, 70, 2, 4, gated=gated)
+    case = tune.Case(launch, copies=1, device="cpu")
+    monkeypatch.setattr(case, "replayed", lambda call: 1.0)
+    for chosen in tune.candidates(launch)[:3]:
+        assert case.us(chosen) == 1.0
+    monkeypatch.setattr(tune.Case, "ours", lambda self, weights: self.library(weights) * 1.001)
+    with pytest.raises(tune.WrongResultError, match="relative RMS"):
+        case.us(chosen)
+
+
+@pytest.mark.parametrize(
+    "wrong", ({"tokens": ()}, {"tokens": (1, 65)}, {"tokens": (0,)}, {"jobs": 0})
+)
+def test_settings_of_tune(wrong):
+    with pytest.raises(BenchError, match="|".join(wrong)):
+        tune.Setting(**wrong)
+
+
+def test_recording_collects_each_launch_once():
+    with _tuning.recording() as launches:
+        tile("shrink", 40, 30)
+        tile("shrink", 40, 30)
+        tile("expand", 40, 30)
+    assert [launch.op for launch in launches] == ["shrink", "expand"]
+    tile("shrink", 41, 30)
+    assert len(launches) == 2
 
 
 def test_attention_splits():

@@ -1,0 +1,335 @@
+"""Tile sizes of the kernels that a model asks for, measured on this GPU and kept for every later process.
+
+One linear at a time, over several weights that no cache holds, in one CUDA graph with programmatic dependent launch
+where the GPU has it. A candidate's result is compared with fp32 before it is timed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsvd_compile.bench import decode
+from fsvd_compile.bench.stopwatch import conditions
+from fsvd_compile.errors import BenchError, WrongResultError
+from fsvd_compile.kernels import _measured, _triton, _tuning, expand_triton, shrink_triton
+from fsvd_compile.kernels._tuning import Launch, Tile
+from fsvd_compile.phase import Phase
+from fsvd_compile.table import aligned
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+ERRORS = {2: 4e-3, 4: 1e-5}  # relative RMS to fp32; rounding to bf16 alone is 2e-3
+# Bytes of weight a thread may request at once: 8 to 64 registers.
+THREAD_BYTES = range(32, 257)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What to tune for; each field is an argument of `fsvd-compile tune`.
+
+    Attributes:
+        tokens: Tokens of a step, each at most 64; a step is compiled for each to see what it asks for.
+        jobs: Processes that compile candidates ahead.
+        model, keep, round: As in `decode.Setting`.
+
+    Raises:
+        BenchError, FactorizeError: a field is outside what is allowed, or there is no GPU.
+    """
+
+    model: str | None = None
+    keep: float = 0.5
+    round: int = 16
+    tokens: Sequence[int] = (1, 8, 32)
+    jobs: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.tokens or not all(1 <= n <= 64 for n in self.tokens):
+            raise BenchError(
+                f"tokens={','.join(map(str, self.tokens))}; each has to be in 1..64: longer prompts "
+                "are multiplied by cuBLAS."
+            )
+        if self.jobs < 1:
+            raise BenchError(f"jobs={self.jobs}; it has to be at least 1.")
+        object.__setattr__(self, "model", self.subject(1).model)
+
+    def subject(self, tokens: int) -> decode.Setting:
+        """One token of each of so many sequences."""
+        return decode.Setting(
+            model=self.model, keep=self.keep, round=self.round, batch=tokens, context=8,
+            cache=8 + decode.FIRST, peers=("eager",), device="cuda", rounds=1, calls=1,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The candidates of one launch.
+
+    Attributes:
+        us: Microseconds by tile, the fastest first.
+        before: Those of the tile that was taken until now.
+        library: Those of cuBLAS, with a gate as a kernel of its own.
+        bytes: Of weights.
+    """
+
+    launch: Launch
+    us: dict[Tile, float]
+    before: float
+    library: float
+    bytes: int
+
+    def row(self) -> dict[str, Any]:
+        """The fastest as a row of a table of tiles."""
+        (tile, us), *_ = self.us.items()
+        where = conditions("cuda")
+        return {
+            "op": self.launch.op,
+            "gated": self.launch.gated,
+            "k": self.launch.k,
+            "rows": self.launch.rows,
+            "tokens": tile.block_m,
+            "itemsize": self.launch.itemsize,
+            "shifted": self.launch.vector > 1,
+            **{name: getattr(tile, name) for name in _measured.TILES[self.launch.kernel]},
+            "us": round(us, 2),
+            "tb_s": round(self.bytes / us / 1e6, 2),
+            "before_us": round(self.before, 2),
+            "library_us": round(self.library, 2),
+            "of": f"{self.launch.tokens} tokens alone; {where['device']}, torch {where['torch']}, "
+            f"triton {where['triton']}, {datetime.date.today()}",
+        }
+
+
+def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> list[Found]:
+    """Tunes every linear that the model asks a tile for.
+
+    Args:
+        setting: The model and the numbers of tokens.
+        say: Called with a line of text for each linear.
+
+    Raises:
+        BenchError: there is no GPU, or the model cannot be measured this way.
+        WrongResultError: a candidate is further from fp32 than rounding explains.
+    """
+    launches = [launch for launch in asked(setting) if candidates(launch)]
+    jobs = [(launch, tile) for launch in launches for tile in candidates(launch)]
+    say(f"{len(launches)} linears, {len(jobs)} candidates to compile")
+    # Compiled by other processes, they are found in Triton's cache on disk.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(setting.jobs, mp_context=spawn) as pool:
+        possible = set(itertools.compress(jobs, pool.map(_fits, jobs, chunksize=4)))
+    found = []
+    for launch in launches:
+        case = Case(launch)
+        before = case.us(_tuning.linear_tile(launch, case.x.device))
+        times = {t: case.us(t) for t in candidates(launch) if (launch, t) in possible}
+        ordered = dict(sorted(times.items(), key=lambda item: item[1]))
+        found.append(Found(launch, ordered, before, case.replayed(case.library), case.bytes))
+        say(table(found[-1:]).splitlines()[-1])
+    return found
+
+
+def asked(setting: Setting) -> list[Launch]:
+    """The launches of a step of the compiled model, for each number of tokens."""
+    with _tuning.recording() as launches:
+        for tokens in setting.tokens:
+            subject = setting.subject(tokens)
+            model = decode.build(subject, setting.keep, layers=1)
+            prompt = torch.randint(100, (tokens, subject.context), device=model.device)
+            cache = decode.fill(model, prompt, subject.cache)
+            torch._dynamo.reset()
+            options = {"cuda_graphs": "off"}
+            compiled = torch.compile(model, backend="flashsvd", options=options)
+            with torch.no_grad():
+                compiled(prompt[:, :1], past_key_values=cache, use_cache=True)
+    torch._dynamo.reset()
+    return launches
+
+
+def candidates(launch: Launch) -> list[Tile]:
+    """The tiles to try; none for what a table of tiles has no rows for."""
+    if launch.layout != "row" or launch.itemsize not in DTYPES:
+        return []
+    both = 2 if launch.gated else 1
+    if launch.kernel == "gemv":
+        if launch.block_k > _tuning.SINGLE_TILE_K:
+            return []
+        row = both * launch.block_k * launch.itemsize
+        return [
+            Tile(rows, launch.block_k, warps, min(launch.tokens, 2))
+            for rows, warps in itertools.product((1, 2, 4, 8, 16), repeat=2)
+            if rows * row // (32 * warps) in THREAD_BYTES
+        ]
+    return [
+        Tile(rows, block_k, split, launch.block_m, stages, split)
+        for rows, split, block_k, stages in itertools.product(
+            (8, 16, 32, 64), (2, 4, 8), (32, 64, 128, 256), (3, 4, 5)
+        )
+        if 4096 <= rows * split * block_k <= 16384 and 128 <= split * block_k <= 1024
+    ]
+
+
+def _fits(job: tuple[Launch, Tile]) -> bool:
+    """Leaves a candidate in Triton's cache on disk; False where it does not fit into shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    launch, tile = job
+    try:
+        Case(launch, copies=1).wrong(tile)
+    except OutOfResources:
+        return False
+    return True
+
+
+class Case:
+    """One linear with several weights of its own, 300 MB together unless told how many."""
+
+    def __init__(self, launch: Launch, copies: int | None = None, device: str = "cuda") -> None:
+        count = 2 if launch.gated else 1
+        self.launch, self.device = launch, torch.device(device)
+        self.bytes = count * launch.rows * launch.k * launch.itemsize
+
+        def made(*shape: int) -> Tensor:
+            values = torch.randn(*shape, device=device, dtype=DTYPES[launch.itemsize])
+            return values * launch.k**-0.5
+
+        copies = copies or int(3e8 / self.bytes) + 1
+        self.weights = [[made(launch.rows, launch.k) for _ in range(count)] for _ in range(copies)]
+        self.offsets = [i * launch.k for i in range(count)]
+        self.x = made(launch.tokens, count * launch.k)
+
+    def ours(self, weights: list[Tensor]) -> Tensor:
+        none = [None] * len(weights)
+        how = {
+            "pdl": _triton.supports_pdl(self.device),
+            "phase": Phase.DECODE if self.launch.kernel == "gemv" else Phase.FEW,
+        }
+        if self.launch.op == "shrink":
+            return shrink_triton(self.x, weights, none, **how)
+        act = "silu_mul" if self.launch.gated else "none"
+        return expand_triton(self.x, weights, none, self.offsets, None, act, **how)
+
+    def library(self, weights: list[Tensor], x: Tensor | None = None) -> Tensor:
+        x = self.x if x is None else x
+        parts = [
+            F.linear(x[:, at : at + w.shape[1]], w)
+            for at, w in zip(self.offsets, weights, strict=True)
+        ]
+        return F.silu(parts[0]) * parts[1] if self.launch.gated else parts[0]
+
+    def wrong(self, tile: Tile) -> float:
+        """Relative RMS of our result to that of fp32."""
+        with _tuning.forced(tile):
+            actual = self.ours(self.weights[0])
+        expected = self.library([w.double() for w in self.weights[0]], self.x.double())
+        return decode.rel_rms(actual, expected)
+
+    def us(self, tile: Tile) -> float:
+        """Microseconds a call.
+
+        Raises:
+            WrongResultError: the result is further from fp32 than rounding explains.
+        """
+        error = self.wrong(tile)
+        if not error < ERRORS[self.launch.itemsize]:
+            raise WrongResultError(
+                f"{self.launch} with {tile}: the relative RMS error is {error:.2e}. That is a bug "
+                "of the kernel or of its compiler; please report it."
+            )
+        with _tuning.forced(tile):
+            return self.replayed(self.ours)
+
+    def replayed(self, call: Callable[[list[Tensor]], Tensor], replays: int = 10) -> float:
+        """The median replay of one call a weight in one graph, over the number of weights."""
+        call(self.weights[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weights in self.weights:
+                call(weights)
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        return 1e3 * statistics.median(times) / len(self.weights)
+
+
+def table(found: Sequence[Found]) -> str:
+    """Aligned text: what each linear took, and takes with its best tile."""
+    cells = [("", "tokens", "K", "rows", "before us", "now us", "TB/s", "cuBLAS us", "tile")]
+    for one in found:
+        launch, row = one.launch, one.row()
+        tile = " ".join(f"{name}={row[name]}" for name in _measured.TILES[launch.kernel])
+        cells.append(
+            (
+                f"{'gated ' if launch.gated else ''}{launch.op}",
+                f"{launch.tokens}",
+                f"{launch.k}",
+                f"{launch.rows}",
+                f"{one.before:.2f}",
+                f"{row['us']:.2f}",
+                f"{row['tb_s']:.2f}",
+                f"{one.library:.2f}",
+                tile,
+            )
+        )
+    return "\n".join(aligned(cells))
+
+
+def keep(found: Sequence[Found], path: Path) -> None:
+    """Adds the fastest tiles to a table of tiles, in place of rows for the same launches.
+
+    Raises:
+        BenchError: the file cannot be written.
+        TableError: it is no table of tiles.
+    """
+    kept = _measured.read(path) if path.is_file() else {kernel: [] for kernel in _measured.TILES}
+    for one in found:
+        row = one.row()
+        rows = kept[one.launch.kernel]
+        same = [r for r in rows if all(r[name] == row[name] for name in _measured.KEY)]
+        kept[one.launch.kernel] = [*(r for r in rows if r not in same), row]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(kept, indent=1) + "\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise BenchError(f"{path} cannot be written: {error}. Set FSVD_TUNED.") from error
+    _measured.measured.cache_clear()
+    _tuning.forget()
+
+
+def save(found: Sequence[Found], path: str) -> None:
+    """Writes all candidates with their times to a file of results."""
+    rows = [
+        one.launch._asdict()
+        | one.row()
+        | {"all_us": {str(tuple(t)): round(us, 2) for t, us in one.us.items()}}
+        for one in found
+    ]
+    limit = decode.read_limit(torch.device("cuda"))
+    where = conditions("cuda", read_limit_tb_s=round(limit / 1e12, 3))
+    Path(path).write_text(json.dumps({"conditions": where, "tried": rows}, indent=1) + "\n")
+
+
+def own_file() -> Path:
+    """The user's table for the current GPU."""
+    return _measured.own_file(torch.cuda.get_device_capability())
