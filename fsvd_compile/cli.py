@@ -135,6 +135,10 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
         "they save the most loss (default: loss with calibration)",
     )  # fmt: skip
     add(
+        "--layerwise", action="store_true", help="collect covariances layer by layer: less memory, the "
+        "same factors",
+    )  # fmt: skip
+    add(
         "--feedback", action="store_true", help="fit each layer behind the factorized ones before it, "
         "so that it makes up for them",
     )  # fmt: skip
@@ -144,8 +148,8 @@ def _add_factorize(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add("--lr", type=float, default=Refine.lr, help="of --refine (default %(default)s)")
     add(
-        "--resume", metavar="DIR", help="with --feedback: keep finished layers there, and take those that "
-        "an interrupted run of the same command left",
+        "--resume", metavar="DIR", help="with --layerwise or --feedback: keep finished layers there, and take "
+        "those that an interrupted run of the same command left",
     )  # fmt: skip
     add(
         "--device",
@@ -164,6 +168,7 @@ def _factorize(args: argparse.Namespace) -> int:
         length=args.length,
         count=args.windows,
         allocation=args.allocation or ("loss" if args.calibration else "uniform"),
+        layerwise=args.layerwise,
         feedback=args.feedback,
         refine=None if args.refine is None else Refine(steps=args.refine, lr=args.lr),
         resume=args.resume,

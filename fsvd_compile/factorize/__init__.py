@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.allocate import Spectrum, allocate
 from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect
 from fsvd_compile.factorize.chain import Chain
-from fsvd_compile.factorize.closed_form import best_factors, spectrum
+from fsvd_compile.factorize.closed_form import spectrum
 from fsvd_compile.factorize.layerwise import Layerwise
 from fsvd_compile.factorize.refine import Refine
 from fsvd_compile.factorize.report import FactorizeReport, LayerReport, ModuleReport
 from fsvd_compile.factorize.resume import Finished, described
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
-from fsvd_compile.factorize.swap import decomposed, low_rank, swap
+from fsvd_compile.factorize.swap import computed, decomposed, swap
 from fsvd_compile.factorize.windows import calibration_windows
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families.hub import describe
@@ -47,6 +46,7 @@ def factorize(
     select: Select = None,
     allocation: str = "uniform",
     loss: Loss | None = None,
+    layerwise: bool = False,
     feedback: bool = False,
     refine: Refine | None = None,
     resume: str | os.PathLike | None = None,
@@ -62,7 +62,7 @@ def factorize(
 
     All factors are computed before the first module is swapped: whatever goes wrong, also an
     interrupt, leaves the model as it was. Held in memory meanwhile: one n x n matrix of `dtype` per
-    distinct input of the selected modules, and the factors.
+    distinct input of the selected modules (with `layerwise`, of those of one layer), and the factors.
 
     Args:
         model: Any module; runs on the device and in the dtype it has, in evaluation mode, without
@@ -84,16 +84,21 @@ def factorize(
             `allocate.allocate` and `sensitivity.sensitivities`.
         loss: For "loss": `(model, batch) -> scalar`. By default the model's own, from `labels` in a
             batch or, for language models, from its tokens.
+        layerwise: Collect covariances layer by layer, so that those of one layer are in memory at a time, and
+            beside them the hidden states of all calibration tokens, on the CPU where they would take more
+            than a quarter of a GPU's free memory. The factors are those of the call without it. For a
+            model whose layers are entries of one nn.ModuleList, called in order. A module of several layers
+            sees the tokens of the first alone.
         feedback: Go through the model layer by layer and fit each weight to what the dense module gave,
             from what reaches it behind the layers that are factorized already, so that later layers
-            make up for earlier ones (AA-SVD's objective, see `feedback.corrected`). For a model whose layers are
-            entries of one nn.ModuleList, called in order; modules outside of it, and those a router
-            calls with other tokens than before, are fitted without. Held in memory: the activations of
+            make up for earlier ones (AA-SVD's objective, see `feedback.corrected`). For models as with `layerwise`;
+            modules outside of the layers, and those a router calls with other tokens than before, are
+            fitted without. Held in memory: the activations of
             one layer and batch, covariances of modules that read one tensor (for allocation: of one
             layer), and the hidden states of all calibration tokens three times, on the CPU where they
             would take more than a quarter of a GPU's free memory.
         refine: With feedback, train the factors of each layer after they are fitted, see `Refine`.
-        resume: With feedback, a directory for finished layers, which an interrupted call with the same
+        resume: With layerwise or feedback, a directory for finished layers, which an interrupted call with the same
             model, batches and arguments takes from there (`loss` is not compared). Not deleted.
         progress: Show progress bars on stderr.
         dtype: Of covariances and decompositions: float64, or float32 for half the memory, which
@@ -119,17 +124,21 @@ def factorize(
         raise FactorizeError(
             "allocation='loss' needs calibration: the loss is computed on its batches."
         )
-    if feedback and calibration is None:
-        raise FactorizeError("feedback=True needs calibration: it follows its batches.")
+    for name, given in (("feedback", feedback), ("layerwise", layerwise)):
+        if given and calibration is None:
+            raise FactorizeError(f"{name}=True needs calibration: it follows its batches.")
     if refine is not None and not feedback:
         raise FactorizeError("refine= needs feedback=True: both go through the model by layers.")
     if refine is not None and not isinstance(refine, Refine):
         raise FactorizeError(
             f"refine={refine!r} has to be a Refine, such as fsvd_compile.Refine(steps=200)."
         )
-    if resume is not None and not feedback:
-        raise FactorizeError("resume= needs feedback=True, which goes through the model by layers.")
-    if calibration is not None and (feedback or allocation == "loss"):
+    layerwise = layerwise or feedback
+    if resume is not None and not layerwise:
+        raise FactorizeError(
+            "resume= needs layerwise=True or feedback=True, which go through the model by layers."
+        )
+    if calibration is not None and (layerwise or allocation == "loss"):
         calibration = list(calibration)  # read more than once
     if refine is not None and len(calibration) < 2:
         raise FactorizeError(
@@ -151,12 +160,12 @@ def factorize(
         model.eval()
         first, layers = None, []
         if calibration is None or not targets:
-            replacements, reports = _compute(targets, None, dtype, progress)
+            replacements, reports = computed(targets, None, dtype, progress)
         else:
             run = _Run(model, targets, calibration, allocation, loss, dtype, progress, dense)
             with torch.inference_mode(False):
                 replacements, reports, layers, first = (
-                    run.by_layers(refine, resume) if feedback else run.at_once()
+                    run.by_layers(feedback, refine, resume) if layerwise else run.at_once()
                 )
         swap(model, replacements, training, first)
         describe(model)
@@ -200,14 +209,19 @@ class _Run:
         for target in self.targets:
             if target.name in self.dense:
                 covariances.pop(target.name)
-        replacements, reports = _compute(targets, covariances, self.dtype, self.progress)
+        replacements, reports = computed(targets, covariances, self.dtype, self.progress)
         return replacements, reports, [], first
 
-    def by_layers(self, refine: Refine | None, resume: str | os.PathLike | None) -> Result:
-        """Layer by layer, behind the layers that are factorized already."""
+    def by_layers(
+        self, feedback: bool, refine: Refine | None, resume: str | os.PathLike | None
+    ) -> Result:
+        """Layer by layer; with feedback behind the layers that are factorized already."""
         finished = None
         if resume is not None:
-            options = {"allocation": self.allocation, "refine": refine, "dtype": self.dtype}
+            options = {
+                "allocation": self.allocation, "feedback": feedback, "refine": refine,
+                "dtype": self.dtype,
+            }  # fmt: skip
             run = described(self.model, self.targets, self.calibration, **options)
             finished = Finished(resume, run)
         chain = Chain(self.model, [target.name for target in self.targets])
@@ -220,9 +234,13 @@ class _Run:
         targets = self._allocated(
             itertools.chain(layerwise.covariances(self.targets), [(outside, covariances)]), finished
         )
-        replacements, reports, layers = layerwise.fit(targets, refine, finished)
+        layers: list[LayerReport] = []
+        if feedback:
+            replacements, reports, layers = layerwise.fit(targets, refine, finished)
+        else:
+            replacements, reports = layerwise.compute(targets, finished)
         rest = [target for target in targets if chain.owner(target.name) is None]
-        others, more = _compute(rest, covariances, self.dtype, self.progress and bool(rest))
+        others, more = computed(rest, covariances, self.dtype, self.progress and bool(rest))
         return replacements | others, reports + more, layers, first
 
     def _collect(self, targets: list[Target]) -> tuple[Covariances, Any]:
@@ -299,25 +317,6 @@ def _spectra(
             least = min(MULTIPLE, target.rank)
             found[target.name] = Spectrum(values.cpu(), weight, m, n, least)
     return found
-
-
-# Inference tensors would be refused by autograd ever after.
-@torch.inference_mode(False)
-@torch.no_grad()
-def _compute(
-    targets: list[Target], covariances: Covariances | None, dtype: torch.dtype, progress: bool
-) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport]]:
-    replacements: dict[nn.Module, LowRankLinear] = {}
-    reports: list[ModuleReport] = []
-    for target in tqdm(targets, "factorize", disable=not progress, unit="module"):
-        covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
-        weight = target.weight.to(dtype)
-        with decomposed(target, dtype):
-            u, v, error = best_factors(weight, covariance, target.rank)
-        replacements[target.module] = low_rank(target.module, u, v)
-        m, n = weight.shape
-        reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
-    return replacements, reports
 
 
 def _check_weights(target: Target) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from fsvd_compile.errors import FactorizeError
 
 _NO_CHAIN = (
-    "feedback=True goes through the model layer by layer, which takes layers that are entries of one "
+    "layerwise=True and feedback=True go through the model layer by layer, which takes layers that are entries of one "
     "nn.ModuleList, called once each, in order, every one with the output of the one before as its "
-    "first argument; {}. Use feedback=False."
+    "first argument; {}. Leave them out."
 )
 
 

@@ -27,6 +27,7 @@ def factorize_checkpoint(
     length: int = 512,
     count: int = 64,
     allocation: str = "uniform",
+    layerwise: bool = False,
     feedback: bool = False,
     refine: Refine | None = None,
     resume: str | os.PathLike | None = None,
@@ -43,7 +44,7 @@ def factorize_checkpoint(
         calibration: A UTF-8 text file, or None for plain SVD.
         length: Tokens of a calibration window.
         count: Windows at the most.
-        allocation: See `factorize`; so are `feedback`, `refine` and `resume`.
+        allocation: See `factorize`; so are `layerwise`, `feedback`, `refine` and `resume`.
         dtype: Of the model; by default its own.
         device: Where it is factorized.
         overwrite: Replace what is in `out`.
@@ -81,6 +82,7 @@ def factorize_checkpoint(
         keep,
         calibration=batches,
         allocation=allocation,
+        layerwise=layerwise,
         feedback=feedback,
         refine=refine,
         resume=resume,

@@ -1,7 +1,7 @@
-"""Factors layer by layer, each fitted behind the layers that are factorized already.
+"""Factors layer by layer: in closed form in the dense model, or fitted behind the layers that are factorized already.
 
-In memory at a time: the hidden states of all calibration tokens before and behind one layer of the dense model and
-before it in the factorized one, and the moments of the modules that read one tensor.
+In memory at a time: the hidden states of all calibration tokens before one layer, for feedback also behind it and
+before it in the factorized model, and the covariances of one layer or the moments of the modules that read one tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fsvd_compile.factorize.refine import Refine, refine_layer
 from fsvd_compile.factorize.report import LayerReport, ModuleReport
 from fsvd_compile.factorize.resume import Finished
 from fsvd_compile.factorize.select import Target
-from fsvd_compile.factorize.swap import decomposed, low_rank
+from fsvd_compile.factorize.swap import computed, decomposed, low_rank
 from fsvd_compile.factorized import LowRankLinear
 
 
@@ -61,12 +61,44 @@ class Layerwise:
         hidden = self._starts(1)
         for index, layer in self._layers("calibrate"):
             inside = self._inside(targets, index)
-            found = Covariances(self.dtype)
-            with observing(found, {target.name: target.module for target in inside}):
-                for batch, mask in enumerate(self.masks):
-                    with found.batch(batch, mask):
-                        hidden[batch] = self._run(index, layer, hidden[batch], batch)
-            yield inside, found
+            yield inside, self._observed(index, layer, inside, hidden)
+
+    def _observed(
+        self, index: int, layer: nn.Module, inside: list[Target], hidden: list[torch.Tensor]
+    ) -> Covariances:
+        """Covariances of a layer's targets; `hidden` is then behind the layer."""
+        found = Covariances(self.dtype)
+        with observing(found, {target.name: target.module for target in inside}):
+            for batch, mask in enumerate(self.masks):
+                with found.batch(batch, mask):
+                    hidden[batch] = self._run(index, layer, hidden[batch], batch)
+        return found
+
+    def compute(
+        self, targets: Sequence[Target], finished: Finished | None = None
+    ) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport]]:
+        """The closed form for every target that lies in a layer, from the dense model's covariances.
+
+        To be called once, as it takes the hidden states of the chain. Layers that are in `finished` are
+        taken from there, others are added to it.
+        """
+        replacements: dict[nn.Module, LowRankLinear] = {}
+        reports: list[ModuleReport] = []
+        hidden = self._starts(1)
+        self.chain.starts.clear()
+        for index, layer in self._layers("factorize"):
+            inside = [t for t in self._inside(targets, index) if t.module not in replacements]
+            done = None if finished is None or not inside else finished.layer(index)
+            found = self._observed(index, layer, [] if done else inside, hidden)
+            if done is not None:
+                made, entries, _ = self._restored(inside, done)
+            else:
+                made, entries = computed(inside, found, self.dtype, False)
+                if finished is not None and inside:
+                    finished.save_layer(index, _tensors(inside, made), entries, None)
+            replacements |= made
+            reports += entries
+        return replacements, _ordered(reports, targets)
 
     def fit(
         self, targets: Sequence[Target], refine: Refine | None, finished: Finished | None = None
@@ -104,8 +136,7 @@ class Layerwise:
             # Before the first factors both models are one.
             ours = self._advanced(index, student, ours) if replacements else list(after)
             dense = after
-        order = {target.name: place for place, target in enumerate(targets)}
-        return replacements, sorted(reports, key=lambda r: order[r.name]), layers
+        return replacements, _ordered(reports, targets), layers
 
     def _factors(
         self,
@@ -249,6 +280,11 @@ class Layerwise:
 
         before, after = refine_layer(student, run, expected, self.masks, refine, seed=index)
         return LayerReport(self.chain.name(index), before, after)
+
+
+def _ordered(reports: list[ModuleReport], targets: Sequence[Target]) -> list[ModuleReport]:
+    order = {target.name: place for place, target in enumerate(targets)}
+    return sorted(reports, key=lambda report: order[report.name])
 
 
 def _tensors(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from fsvd_compile.errors import FactorizeError
-from fsvd_compile.factorize.calibration import replay
+from fsvd_compile.factorize.calibration import Covariances, replay
+from fsvd_compile.factorize.closed_form import best_factors
+from fsvd_compile.factorize.report import ModuleReport
 from fsvd_compile.factorize.select import Target
 from fsvd_compile.factorized import LowRankLinear
 
@@ -35,6 +38,26 @@ def low_rank(module: nn.Module, u: torch.Tensor, v: torch.Tensor) -> LowRankLine
     made.u.weight.requires_grad_(old.requires_grad)
     made.v.weight.requires_grad_(old.requires_grad)
     return made.train(module.training)
+
+
+# Inference tensors would be refused by autograd ever after.
+@torch.inference_mode(False)
+@torch.no_grad()
+def computed(
+    targets: Sequence[Target], covariances: Covariances | None, dtype: torch.dtype, progress: bool
+) -> tuple[dict[nn.Module, LowRankLinear], list[ModuleReport]]:
+    """The closed form for each target, with what stands in its place; its covariance is taken out and freed."""
+    replacements: dict[nn.Module, LowRankLinear] = {}
+    reports: list[ModuleReport] = []
+    for target in tqdm(targets, "factorize", disable=not progress, unit="module"):
+        covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
+        weight = target.weight.to(dtype)
+        with decomposed(target, dtype):
+            u, v, error = best_factors(weight, covariance, target.rank)
+        replacements[target.module] = low_rank(target.module, u, v)
+        m, n = weight.shape
+        reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
+    return replacements, reports
 
 
 def swap(

@@ -499,7 +499,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(where, monkeypatch):
     elif where == "factors":
         real = best_factors
         # By sys.modules: the package's attribute of that name is the function.
-        module = sys.modules["fsvd_compile.factorize"]
+        module = sys.modules["fsvd_compile.factorize.swap"]
         monkeypatch.setattr(module, "best_factors", interrupt)
     elif where == "swap":
         real, count = nn.Module.__setattr__, -4

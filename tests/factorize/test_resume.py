@@ -79,6 +79,7 @@ def changed(model):
         ({"refine": Refine(4, 1e-3)}, "refine="),
         ({"dtype": torch.float32}, "dtype="),
         ({"allocation": "uniform"}, "allocation="),
+        ({"feedback": False, "refine": None, "layerwise": True}, "feedback="),
         ({"model": changed}, "the model"),
     ],
 )
@@ -106,8 +107,11 @@ def test_what_is_no_such_directory_is_refused(tmp_path, fits):
         factorize(model, 0.5, calibration=batches, resume=folder, **OPTIONS)
 
 
-def test_needs_feedback(tmp_path):
+def test_needs_layers(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8))
-    with Unchanged(model), pytest.raises(FactorizeError, match="resume= needs feedback=True"):
+    with (
+        Unchanged(model),
+        pytest.raises(FactorizeError, match="resume= needs layerwise=True or feedback=True"),
+    ):
         factorize(model, 0.5, resume=tmp_path)
     assert not list(tmp_path.iterdir())

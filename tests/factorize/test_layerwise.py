@@ -1,0 +1,104 @@
+"""`factorize(layerwise=True)`: the factors of the call without it, from one layer's covariances at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_factorize import Unchanged, tiny_llama, tokens
+from torch import nn
+
+from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize import factorize, layerwise
+from fsvd_compile.factorize.calibration import Covariances
+
+
+def assert_same(model, twin):
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        # A layer alone is the same sums, but a model may hand it another memory layout.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "loss"])
+@pytest.mark.parametrize("select", [None, ["*.down_proj", "lm_head"]])
+def test_the_same_factors(allocation, select):
+    model, batches = tiny_llama(num_hidden_layers=3), tokens(4)
+    twin = copy.deepcopy(model)
+    options = {
+        "calibration": batches,
+        "allocation": allocation,
+        "select": select,
+        "progress": False,
+    }
+    expected = factorize(twin, 0.5, **options)
+    report = factorize(model, 0.5, layerwise=True, **options)
+    assert [m.name for m in report.modules] == [m.name for m in expected.modules]
+    assert [m.rank for m in report.modules] == [m.rank for m in expected.modules]
+    for ours, theirs in zip(report.modules, expected.modules, strict=True):
+        assert ours.error == pytest.approx(theirs.error, rel=1e-6)
+        assert ours.tokens == theirs.tokens and not ours.feedback
+    assert report.dense == expected.dense
+    assert_same(model, twin)
+
+
+def test_masks_are_seen():
+    model = tiny_llama()
+    ids = torch.cat(tokens(2))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    twin = copy.deepcopy(model)
+    expected = factorize(twin, 0.5, calibration=batches, progress=False)
+    report = factorize(model, 0.5, calibration=batches, layerwise=True, progress=False)
+    assert {m.tokens for m in report.modules} == {m.tokens for m in expected.modules}
+    assert {m.tokens for m in report.modules} == {int(mask.sum())}
+    assert_same(model, twin)
+
+
+def test_covariances_of_one_layer_at_a_time(monkeypatch):
+    """What is alive when a layer is computed belongs to that layer."""
+    alive, real = [], Covariances.pop
+
+    def pop(self, name):
+        alive.append((id(self), name.split(".")[2]))
+        return real(self, name)
+
+    monkeypatch.setattr(Covariances, "pop", pop)
+    factorize(
+        tiny_llama(num_hidden_layers=3), 0.5, calibration=tokens(2), layerwise=True, progress=False
+    )
+    layers = [{layer for other, layer in alive if other == one} for one in dict(alive)]
+    assert [len(found) for found in layers] == [1, 1, 1]
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    model, batches = tiny_llama(num_hidden_layers=4), tokens(3)
+    twin = copy.deepcopy(model)
+    options = {"calibration": batches, "layerwise": True, "allocation": "loss", "progress": False}
+    expected = factorize(twin, 0.5, **options)
+    done, real = [], layerwise.computed
+
+    def computed(targets, *args):
+        done.append(len(targets))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(targets, *args)
+
+    monkeypatch.setattr(layerwise, "computed", computed)
+    with Unchanged(model), pytest.raises(KeyboardInterrupt):
+        factorize(model, 0.5, resume=tmp_path, **options)
+    assert len(list(tmp_path.glob("layer-*.safetensors"))) == 2
+    done[:] = [0] * 4
+    report = factorize(model, 0.5, resume=tmp_path, **options)
+    assert len(done) == 6  # two layers were computed now
+    assert report.modules == expected.modules and report.dense == expected.dense
+    assert_same(model, twin)
+
+
+def test_bad_input():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with Unchanged(model), pytest.raises(FactorizeError, match=r"layerwise=True .* has none"):
+        factorize(model, 0.9, calibration=[torch.randn(4, 8)], layerwise=True, progress=False)
+    with Unchanged(model), pytest.raises(FactorizeError, match="layerwise=True needs calibration"):
+        factorize(model, 0.9, layerwise=True, progress=False)
