@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import itertools
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,11 +190,35 @@ def _graphed(
 def _inductor(config: Config) -> Callable:
     # Inductor's own CUDA graphs would copy what ours keep in place.
     patches = {**config.inductor, "triton.cudagraphs": False}
+    # Its caches on disk know our ops by name only; what they make depends on how the ops lay out their results.
+    tag = f"{torch.compiler.config.cache_key_tag} fsvd {_sources()}".strip()
 
     def compile_graph(gm: GraphModule, inputs: list[Any]) -> Callable:
-        return compile_fx(gm, inputs, config_patches=patches)
+        marked = {**_own_functions(gm), **torch._inductor.config.unsafe_marked_cacheable_functions}
+        given = {"unsafe_marked_cacheable_functions": marked, **patches}
+        with torch.compiler.config.patch(cache_key_tag=tag):
+            return compile_fx(gm, inputs, config_patches=given)
 
     return compile_graph
+
+
+def _own_functions(gm: GraphModule) -> dict[str, str]:
+    """The functions that lowering has put into a graph: without state, and in the digest of the sources."""
+    targets = {n.target for n in gm.graph.nodes if n.op == "call_function"}
+    ours = [
+        t for t in targets if (getattr(t, "__module__", None) or "").startswith("fsvd_compile.")
+    ]
+    return dict.fromkeys(sorted(f"{t.__module__}.{t.__name__}" for t in ours), "fsvd")
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package's source."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _why_unfused(example_inputs: list[Any]) -> str | None:
