@@ -229,6 +229,21 @@ class Memory:
                 for key in written:
                     bisect.insort(self._writers.setdefault(key, []), node)
 
+    def stands_in(self, value: Node, replaced: Node) -> bool:
+        """Let a value that was added take the memory of the one whose readers it got, if both have memory of their own.
+
+        Nothing changes for the readers then; returns whether that is so.
+        """
+        self.look()  # for the value itself
+        if value not in self.added or replaced.users or not _same_layout(value, replaced):
+            return False
+        if _aliases_input(value) or _aliases_input(replaced) or self.holders(value) != [value]:
+            return False
+        value.meta["example_value"] = replaced.meta["example_value"]
+        self.added.discard(value)
+        self.update([value])
+        return True
+
     def between(self, read: Node, start: Node, end: Node, but: Iterable[Node] = ()) -> Node | None:
         """A node after `start` and before `end` that writes the memory of `read`, or None."""
         ignore = set(but)
@@ -340,6 +355,18 @@ def _recomputable(node: Node) -> bool:
     value = node.meta.get("example_value")
     values = value if isinstance(value, (tuple, list)) else (value,)
     return bool(values) and all(isinstance(v, torch.Tensor) for v in values)
+
+
+def _same_layout(a: Node, b: Node) -> bool:
+    if storage(a) is None or storage(b) is None:
+        return False
+    a, b = val(a), val(b)
+    return (
+        (a.dtype, a.device, type(a)) == (b.dtype, b.device, type(b))
+        and same_shape(a.shape, b.shape)
+        and same_shape(a.stride(), b.stride())
+        and same_size(a.storage_offset(), b.storage_offset())
+    )
 
 
 def _aliases_input(node: Node) -> bool:

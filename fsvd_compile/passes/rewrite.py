@@ -85,10 +85,11 @@ class Outcome:
 def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Outcome]:
     """Apply rewrites in order; returns one `Outcome` each. The graph stays valid after every rewrite."""
     outcomes = []
+    memory = Memory(graph)
     for rewrite in rewrites:
         started = time.perf_counter()
         outcome = Outcome(rewrite.name)
-        while _apply(rewrite, graph, context, outcome) and rewrite.repeat:
+        while _apply(rewrite, graph, context, memory, outcome) and rewrite.repeat:
             pass
         outcome.seconds = time.perf_counter() - started
         outcomes.append(outcome)
@@ -98,15 +99,16 @@ def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Out
     return outcomes
 
 
-def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -> int:
-    memory: Memory | None = None
+def _apply(
+    rewrite: Rewrite, graph: Graph, context: Context, memory: Memory, outcome: Outcome
+) -> int:
     count = 0
     outcome.misses.clear()
     moved: set[Node] = set()  # read another value than before, perhaps one with other memory
     for match in rewrite.matches(graph):
         if match.root._erased or any(n._erased for n in match.interior):
             continue
-        match.memory = memory = memory or Memory(graph)
+        match.memory = memory
         reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, memory)
         reason = reason or rewrite.guard(match, context)
         if reason is not None:
@@ -116,10 +118,10 @@ def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -
         value = rewrite.replace(match, graph)
         written = any(memory.any(node) for node in (match.root, *match.also, value))
         if value is not None:
-            moved.update(match.root.users)
-            match.root.replace_all_uses_with(
-                value, delete_user_cb=lambda user, v=value: user is not v
-            )
+            readers = [user for user in match.root.users if user is not value]
+            match.root.replace_all_uses_with(value, lambda user, v=value: user is not v)
+            if not memory.stands_in(value, match.root):
+                moved.update(readers)
         _erase(graph, match)
         count += 1
         if written:  # the next match must find those writes under the memory of the new values
