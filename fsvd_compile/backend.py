@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
+from torch.fx.node import map_arg
 
 from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten
+from fsvd_compile.kernels.ahead import compile_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
@@ -114,12 +116,15 @@ def _compiled(
     dynamic = _dynamic(gm)
     if len(pieces) < 2:
         report.layers = [1]
+        _compile_kernels(gm.graph.nodes, config, dynamic)
         with _counted(list(gm.graph.nodes), report):
             whole = compile_fn(gm, example_inputs)
         return _graphed(whole, "step", static, written, config, report, dynamic)
 
     compiled: dict[tuple, Callable] = {}
     signatures = [piece.signature() for piece in pieces]
+    distinct = dict(zip(signatures, pieces, strict=True)).values()
+    _compile_kernels((n for piece in distinct for n in piece.nodes), config, dynamic)
     for piece, signature in zip(pieces, signatures, strict=True):
         if signature not in compiled:
             with _counted(piece.nodes, report):
@@ -143,6 +148,17 @@ def _compiled(
         return Program(gm.graph, pieces, functions)
     program = Program(gm.graph, pieces, functions)
     return _graphed(program, "step", static, written, config, report, dynamic)
+
+
+def _compile_kernels(nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None) -> None:
+    """Our kernels for these operations, where sizes are known."""
+    ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
+    calls = [
+        (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
+        for n in ops
+        if all(is_static(a) for a in n.all_input_nodes)
+    ]
+    compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
 
 
 @contextlib.contextmanager
