@@ -118,9 +118,10 @@ def _apply(
         value = rewrite.replace(match, graph)
         written = any(memory.any(node) for node in (match.root, *match.also, value))
         if value is not None:
+            others = set(value.users)  # to which the replacement itself has handed it
             readers = [user for user in match.root.users if user is not value]
             match.root.replace_all_uses_with(value, lambda user, v=value: user is not v)
-            if not memory.stands_in(value, match.root):
+            if others or not memory.stands_in(value, match.root):
                 moved.update(readers)
         _erase(graph, match)
         count += 1
