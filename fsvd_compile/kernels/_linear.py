@@ -236,7 +236,7 @@ def _shifted(weights: Sequence[Tensor]) -> tuple[int, int]:
     longest = max(w.shape[1] for w in weights)
     if (
         _alignment(weights, "row") == vector
-        or any(w.data_ptr() % 16 for w in weights)
+        or not all(map(_triton.aligned, weights))
         or longest + vector - 1 > _tuning.SINGLE_TILE_K
     ):
         return 1, 1

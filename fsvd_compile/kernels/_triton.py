@@ -118,18 +118,22 @@ def compiling_only() -> Iterator[None]:
         _compiling_only.reset(token)
 
 
-class _Unread:
-    """What Triton asks of a tensor to choose a kernel: its dtype, and whether its address is a multiple of 16.
+def aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor begins at a multiple of 16 bytes; inside `compiling_only` its storage is taken to."""
+    if _compiling_only.get():
+        return tensor.storage_offset() * tensor.element_size() % 16 == 0
+    return tensor.data_ptr() % 16 == 0
 
-    The storage is taken to begin at one.
-    """
+
+class _Unread:
+    """What Triton asks of a tensor to choose a kernel: its dtype, and whether its address is a multiple of 16."""
 
     def __init__(self, tensor: torch.Tensor):
         self.dtype = tensor.dtype
-        self._offset = tensor.storage_offset() * tensor.element_size()
+        self._address = 0 if aligned(tensor) else tensor.element_size()
 
     def data_ptr(self) -> int:
-        return self._offset
+        return self._address
 
 
 def _unread(argument: Any) -> Any:

@@ -33,6 +33,7 @@ def arguments() -> list[tuple]:
     return [
         (ops.shrink.default, shrink),
         (ops.expand.default, expand),
+        (ops.expand.default, (t(1, 1, 75), [t(256, 37), t(256, 38)], [None, None], [0, 37], None, "none")),
         (ops.decode_attention.default, (q, kv, kv, table, table, cache, t(1, 4, 128, 64), at, mask, 0.1)),
         (ops.attention.default, (q, cache, cache, mask, 0.1)),
         (ops.rope_append.default, (q, kv, kv, table, table, cache, t(1, 4, 128, 64), at)),
