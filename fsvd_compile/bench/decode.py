@@ -374,7 +374,7 @@ def build(setting: Setting, keep: float, layers: int | None = None) -> nn.Module
     return model
 
 
-def _shape(name: str, layers: int | None) -> nn.Module:
+def _shape(name: str, layers: int | None = None) -> nn.Module:
     """A model of `MODELS` without memory."""
     transformers = _transformers()
     config = transformers.LlamaConfig(**MODELS[name])

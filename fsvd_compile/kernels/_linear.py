@@ -20,8 +20,8 @@ and bias, activation, gate and residual behind.
 How a weight is stored ("row": K contiguous, "col": rows contiguous, "any") is compile-time
 knowledge, and so is the alignment of its rows: sizes and strides arrive divided by ALIGN and are
 multiplied back in the kernel, which is how Triton learns that 16-byte loads are legal when a rank
-is a multiple of 8 but not of 16. A rank such as 819 makes rows start anywhere between two multiples of
-16 bytes. `_gemv` then takes rows that are STEP apart, so that all of a program start equally far from one,
+is a multiple of 8 but not of 16. An odd rank such as 819 makes rows start anywhere between two multiples
+of 16 bytes. `_gemv` then takes rows that are STEP apart, so that all of a program start equally far from one,
 reads whole vectors of 16 bytes and moves x instead of W; `_skinny` loads each element by itself.
 """
 
@@ -39,6 +39,8 @@ from fsvd_compile.kernels._gemv import _gemv
 from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 from fsvd_compile.phase import Phase
+
+SHIFTED_K = 2048  # the longest row that is read shifted, with what lies in front of it
 
 
 def check_operands(op: str, i: int, w: Tensor, b: Tensor | None, name: str, x: Tensor) -> None:
@@ -230,14 +232,19 @@ def _alignment(weights: Sequence[Tensor], layout: str) -> int:
 
 
 def _shifted(weights: Sequence[Tensor]) -> tuple[int, int]:
-    """STEP and VECTOR of `_gemv`: (1, 1) where rows start and end at multiples of 16 bytes anyway, or must be read
-    element by element."""
+    """STEP and VECTOR of `_gemv`: (1, 1) where it reads rows as they lie.
+
+    That is unless they start at any element. On an H200 in bf16, gate and up of 11008 rows: K = 1791 takes 22.5 us
+    shifted and 30.5 an element a load, but blocks of 4096 for K = 2089 and 2388 50.9 and 52.2, half of their
+    columns being empty; whole steps with ranks of 1228 and 2388, which are read 8 bytes a load otherwise, did not
+    gain (bench/NOTES.md).
+    """
     vector = 16 // weights[0].element_size()
     longest = max(w.shape[1] for w in weights)
     if (
-        _alignment(weights, "row") == vector
+        _alignment(weights, "row") > 1
+        or longest + vector - 1 > SHIFTED_K
         or not all(map(_triton.aligned, weights))
-        or longest + vector - 1 > _tuning.SINGLE_TILE_K
     ):
         return 1, 1
     return max(vector // math.gcd(vector, w.stride(0)) for w in weights), vector

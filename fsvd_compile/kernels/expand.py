@@ -118,9 +118,9 @@ def expand_triton(
 ) -> Tensor:
     """`expand_reference` in z's dtype by Triton kernels.
 
-    Accumulates in fp32 and rounds once, after activation and residual. For one or two tokens weights are
-    read 16 bytes a load whatever the rank is; for more, a rank that is no multiple of 8 (in 16-bit types),
-    or stored with such a stride, costs narrower loads (819, 1791: each element one of its own).
+    Accumulates in fp32 and rounds once, after activation and residual. A rank that is a multiple of 8 (in 16-bit
+    types) and stored with such a stride is read 16 bytes a load, and so are odd ones up to 2041 for one or two
+    tokens; other ranks cost narrower loads, odd ones (819, 1791) of more tokens one an element.
 
     Args:
         pdl: Programmatic dependent launch (sm_90 and later). Weights and biases are then requested

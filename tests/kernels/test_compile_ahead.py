@@ -79,10 +79,10 @@ def test_loads_are_wide_and_products_on_tensor_cores(hopper):
         if kernel["case"].startswith("table-"):
             assert kernel["wide_loads"] >= 2, kernel
             assert kernel["narrow_weight_loads"] == 0, kernel
-        if "odd-rank" in kernel["case"] and kernel["kernel"] == "_gemv":
+        if "expand-odd-ranks" in kernel["case"] and kernel["kernel"] == "_gemv":
             assert kernel["wide_loads"] >= 2, kernel
             assert kernel["narrow_weight_loads"] == 0, kernel
-        if "-any-" in kernel["case"] and kernel["kernel"] == "_gemv":
+        if "shrink-odd-rank" in kernel["case"] and kernel["kernel"] == "_gemv":  # 1234 in a row
             assert kernel["narrow_weight_loads"] > 0, "the pattern finds none where all are narrow"
         if (
             kernel["kernel"] in ("_skinny", "_attention", "_decode_attention")
