@@ -9,11 +9,12 @@ from fsvd_compile.backend import flashsvd
 from fsvd_compile.config import Config
 from fsvd_compile.explain import explain
 from fsvd_compile.factorize import Refine, calibration_windows, factorize
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 from fsvd_compile.families import load, register, save
 
 __version__ = "0.1.0"
 __all__ = [
+    "BranchedLinear",
     "Config",
     "LowRankLinear",
     "Refine",

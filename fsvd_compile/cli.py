@@ -81,6 +81,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="a PEFT LoRA adapter: joined to factors, merged where dense",
     )
     parser.add_argument(
+        "--no-merge",
+        dest="merge",
+        action="store_false",
+        help="keep the adapter as a low-rank branch beside dense weights",
+    )
+    parser.add_argument(
         "--refactor",
         action="store_true",
         help="hold dense weights of low rank as factors again (decomposes them)",
@@ -104,6 +110,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.source,
         args.out,
         adapter=args.adapter,
+        merge=args.merge,
         refactor=args.refactor,
         dtype=_dtype(args),
         overwrite=args.overwrite,

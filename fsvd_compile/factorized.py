@@ -1,4 +1,6 @@
-"""The common factorized module: every SVD family becomes `LowRankLinear`, y = U (V x) + b."""
+"""The common modules: every SVD family becomes `LowRankLinear`, y = U (V x) + b; what keeps its dense weight with a
+low-rank pair beside it is a `BranchedLinear`, y = W x + b + U (V x).
+"""
 
 from __future__ import annotations
 
@@ -105,6 +107,51 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+class BranchedLinear(nn.Module):
+    """A dense linear layer with a low-rank pair beside it: `forward(x) = base(x) + branch(x)`.
+
+    What a LoRA adapter is on a dense weight, exactly and without touching it. Parameter names are
+    `<name>.base.weight`, `<name>.base.bias`, `<name>.branch.v.weight` and `<name>.branch.u.weight`.
+
+    Args:
+        base: An `nn.Linear`, or transformers' Conv1D; taken as it is, with its bias.
+        branch: From and to the same number of features, without a bias; a scale belongs into its `u`.
+
+    Raises:
+        FactorError: the base has no 2-D weight, or the branch has a bias or another shape.
+    """
+
+    def __init__(self, base: nn.Module, branch: LowRankLinear) -> None:
+        super().__init__()
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise FactorError(
+                f"BranchedLinear: base is a {type(base).__name__}; it takes an nn.Linear or a Conv1D."
+            )
+        shape = tuple(weight.shape if isinstance(base, nn.Linear) else weight.shape[::-1])
+        if shape != (branch.out_features, branch.in_features):
+            raise FactorError(
+                f"BranchedLinear: base is {list(shape)} and branch "
+                f"{[branch.out_features, branch.in_features]}; both have to be [out_features, in_features]."
+            )
+        if branch.u.bias is not None:
+            raise FactorError("BranchedLinear: the branch has a bias; the base's is the only one.")
+        self.base = base
+        self.branch = branch
+
+    @property
+    def in_features(self) -> int:
+        return self.branch.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.branch.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return self.base(x) + self.branch(x)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

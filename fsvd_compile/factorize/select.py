@@ -14,7 +14,7 @@ from torch import nn
 
 from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.closed_form import rank_for
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 
 Keep = float | Mapping[str, float]
 Select = Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -109,12 +109,16 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     dense: dict[str, str] = {}
     factorized: set[nn.Module] = set()
     for name, module in model.named_modules():
+        if module in factorized:
+            continue
         if isinstance(module, LowRankLinear):
             factorized.update(module.modules())
             dense[name] = "factorized already"
+        elif isinstance(module, BranchedLinear):
+            # The branch was trained beside the dense weight, not beside one that is compressed.
+            factorized.update(module.modules())
+            dense[name] = "it has a low-rank branch, to be merged first"
         elif isinstance(module, nn.Linear) or _is_conv1d(module):
-            if module in factorized:
-                continue
             reason = _why_not(name, module, owners)
             if reason is None:
                 candidates[name] = module

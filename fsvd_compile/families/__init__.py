@@ -17,10 +17,11 @@ from fsvd_compile.families.assemble import (
     disguises,
     dtype_of,
     is_common,
+    out_in,
 )
 from fsvd_compile.families.hub import register
 from fsvd_compile.families.lora import read_adapter
-from fsvd_compile.families.native import check_free, save
+from fsvd_compile.families.native import BRANCH, check_free, save
 from fsvd_compile.families.report import Inspection
 from fsvd_compile.families.source import Source, read
 
@@ -33,6 +34,7 @@ def load(
     path: str | os.PathLike,
     *,
     adapter: str | os.PathLike | None = None,
+    merge: bool = True,
     refactor: bool = False,
     dtype: torch.dtype | None = None,
     device_map: Any = None,
@@ -47,8 +49,12 @@ def load(
     Args:
         path: A directory or file; see `families.source.read`.
         adapter: A PEFT LoRA adapter directory, for the plain model or for the factorized one. On a factorized
-            module it becomes further ranks of the factors, exactly; into a dense weight it is merged
+            module it becomes further ranks of the factors, exactly; for dense weights `merge` decides
             (`families.lora`). The base may then be dense altogether.
+        merge: Add the adapter to dense weights, rounded to their dtype. Otherwise it is kept exactly, as the
+            branch of a `BranchedLinear` beside each; weights beside which that cannot be (tied to another, or a
+            factor that the adapter names itself) are then an error. Whole tensors of an adapter
+            (`modules_to_save`) replace the base's either way.
         refactor: Look for dense weights that are products of two factors (`families.disguise`), and hold
             them as factors again. On the CPU: of a 4096 x 4096 weight the look takes a second or so on two
             cores, taking it apart a minute or two.
@@ -61,25 +67,29 @@ def load(
         smaller than the weights (`families.storage`), or an adapter was merged into a dense base.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, is of no known family, contradicts its config, or
-            nothing in it is factorized.
+        CheckpointError: the checkpoint cannot be read, is of no known family, contradicts its config,
+            nothing in it is factorized, or the adapter does not fit it.
     """
-    return _built(*_factorized(path, adapter, refactor), dtype, device_map)
+    return _built(*_factorized(path, adapter, merge, refactor), dtype, device_map)
 
 
 def _assembled(
-    path: str | os.PathLike, adapter: str | os.PathLike | None = None
+    path: str | os.PathLike, adapter: str | os.PathLike | None = None, merge: bool = True
 ) -> tuple[Source, Assembly]:
+    if adapter is None and not merge:
+        raise CheckpointError(
+            "merge=False says how an adapter is held; name its directory (adapter=)."
+        )
     source = read(path)
     if is_common(source):
         source = completed(source)
-    return source, assemble(source, None if adapter is None else read_adapter(adapter))
+    return source, assemble(source, None if adapter is None else read_adapter(adapter), merge)
 
 
 def _factorized(
-    path: str | os.PathLike, adapter: str | os.PathLike | None, refactor: bool
+    path: str | os.PathLike, adapter: str | os.PathLike | None, merge: bool, refactor: bool
 ) -> tuple[Source, Assembly]:
-    source, assembly = _assembled(path, adapter)
+    source, assembly = _assembled(path, adapter, merge)
     if refactor:
         assembly = assembly.refactored(disguises(assembly))
     if not assembly.modules and not assembly.multiplied and adapter is None:
@@ -134,6 +144,7 @@ def convert(
     out: str | os.PathLike,
     *,
     adapter: str | os.PathLike | None = None,
+    merge: bool = True,
     refactor: bool = False,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -147,29 +158,36 @@ def convert(
         CheckpointError: as for `load` and `save`; `out` is then as it was.
     """
     check_free(out, overwrite)
-    source, assembly = _factorized(path, adapter, refactor)
+    source, assembly = _factorized(path, adapter, merge, refactor)
     save(_built(source, assembly, dtype, None), out, overwrite=overwrite, beside=source.folder)
     return Inspection.of(source, assembly)
 
 
 @torch.no_grad()
 def _verify(model: Any, assembly: Assembly) -> None:
-    """Every factorized module on a random input against the factors as they were stored, in fp64.
+    """Every factorized module on a random input against the factors as they were stored, in fp64; a branch with
+    the dense weight that it lies beside.
 
     Raises:
         CheckpointError: one is further off than its dtype allows.
     """
     generator = torch.Generator().manual_seed(0)
+    hosts = {f"{name}{BRANCH}": name for name in assembly.branches}
     for name, stored in assembly.modules.items():
         module = model.get_submodule(name)
         if not isinstance(module, LowRankLinear):
             raise CheckpointError(f"{name} is a {type(module).__name__} after loading.")
         u, v = module.u.weight, module.v.weight
-        if u.device.type == "meta" or v.device.type == "meta":
+        host = model.get_submodule(hosts[name]).base if name in hosts else None
+        if "meta" in {w.device.type for w in (u, v, v if host is None else host.weight)}:
             continue  # offloaded
         x = torch.randn(3, v.shape[1], generator=generator, dtype=torch.float64)
         expected = x @ stored.v.double().T @ stored.u.double().T
         actual = x @ v.double().cpu().T @ u.double().cpu().T
+        if host is not None:
+            # A small branch alone may lose more digits in a 16-bit type; what counts is the sum.
+            expected = expected + x @ assembly.dense[hosts[name]].double().T
+            actual = actual + x @ out_in(host, host.weight).double().cpu().T
         if stored.bias is not None:
             expected, actual = (
                 expected + stored.bias.double(),

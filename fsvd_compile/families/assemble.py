@@ -24,8 +24,8 @@ from fsvd_compile.families.adapters import (
     oriented,
 )
 from fsvd_compile.families.disguise import Disguised, undisguised
-from fsvd_compile.families.lora import Adapted, Adapter, joined, merge, rekeyed
-from fsvd_compile.families.native import METHOD, config_dict, linear_shape
+from fsvd_compile.families.lora import Adapted, Adapter, Delta, joined, merge, rekeyed
+from fsvd_compile.families.native import BRANCH, METHOD, config_dict, linear_shape
 from fsvd_compile.families.source import Source, memory
 from fsvd_compile.families.storage import unpacked
 
@@ -67,7 +67,8 @@ class Assembly:
         family: The family's row.
         config: The transformers config of the plain model.
         model_class: Its class.
-        modules: The factorized modules by the plain model's names.
+        modules: The factorized modules by the plain model's names; `<name>.branch` is a pair that lies beside
+            the dense weight of `<name>`.
         rest: All other parameters and buffers by the plain model's names.
         dense: Linear modules that are dense in the checkpoint: their weights as `[out, in]`, None for one that
             is tied to another's.
@@ -87,9 +88,19 @@ class Assembly:
     recovered: Mapping[str, Disguised] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
+    def branches(self) -> dict[str, Module]:
+        """Those of `modules` that lie beside a dense weight, by the name of the dense module."""
+        beside = {name: self.modules.get(f"{name}{BRANCH}") for name in self.dense}
+        return {name: module for name, module in beside.items() if module is not None}
+
+    @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
         """The state dict of the factorized model; a shared `v` stands once."""
         state = dict(self.rest)
+        for name in self.branches:
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in state:
+                    state[f"{name}.base.{part}"] = state.pop(f"{name}.{part}")
         for name, module in self.modules.items():
             state[f"{name}.u.weight"] = module.u.contiguous()
             if module.owner is None:
@@ -99,14 +110,25 @@ class Assembly:
         return state
 
     def refactored(self, found: Mapping[str, Disguised]) -> Assembly:
-        """The same with factors in the place of dense weights, see `disguises`."""
+        """The same with factors in the place of dense weights, see `disguises`; a branch that lay beside such a
+        weight becomes further ranks of them."""
         rest = dict(self.rest)
         modules = dict(self.modules)
         for name, factors in found.items():
             del rest[f"{name}.weight"]
-            modules[name] = Module(factors.u, factors.v, rest.pop(f"{name}.bias", None))
+            u, v = factors.u, factors.v
+            if (branch := modules.pop(f"{name}{BRANCH}", None)) is not None:
+                u, v = joined(u, v, Delta(branch.v, branch.u, 1))
+            modules[name] = Module(u, v, rest.pop(f"{name}.bias", None))
         dense = {name: weight for name, weight in self.dense.items() if name not in found}
-        return dataclasses.replace(self, modules=modules, rest=rest, dense=dense, recovered=found)
+        return dataclasses.replace(
+            self,
+            modules=_with_owners(modules, self.family),
+            rest=rest,
+            dense=dense,
+            adapted=None if self.adapted is None else self.adapted.refactored(found),
+            recovered=found,
+        )
 
     def described(self) -> dict[str, Any]:
         """The `quantization_config` of the factorized model."""
@@ -119,10 +141,11 @@ class Assembly:
         )
 
 
-def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
+def assemble(source: Source, adapter: Adapter | None = None, merging: bool = True) -> Assembly:
     """Finds config, family, factors and everything else of a checkpoint, and adds a LoRA adapter to it.
 
-    One of a plain dense model has no factors; its family is `DENSE`.
+    One of a plain dense model has no factors; its family is `DENSE`. Of an adapter, what is meant for a dense weight
+    is merged into it, or without `merging` becomes a branch beside it.
 
     Raises:
         CheckpointError: the model type is unknown, neither factors nor dense weights are found, factors do
@@ -132,7 +155,8 @@ def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
-    stored = unpacked(source, _renamed(source.tensors, skeleton, shapes), shapes)
+    plain, branches = _unbranched(_renamed(source.tensors, skeleton, shapes), shapes)
+    stored = unpacked(source, plain, shapes)
     tensors = stored.tensors
     family, pairs = find(source, tensors, shapes)
     ties = skeleton.all_tied_weights_keys
@@ -144,22 +168,31 @@ def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
                 f"{model_class.__name__}, and dense weights not for all. Known layouts: "
                 f"{', '.join(dict.fromkeys(f.name for f in FAMILIES))}."
             )
-        family = next((f for f in FAMILIES if any(map(f.roles, stored.keys))), DENSE)
+        keys = (*stored.keys, *(f"{name}.v" for name in branches))
+        family = next((f for f in FAMILIES if any(map(f.roles, keys))), DENSE)
     adapted, deltas = None, {}
     if adapter is not None:
         transposed = {n for n in shapes if type(skeleton.get_submodule(n)).__name__ == "Conv1D"}
         adapter = rekeyed(adapter, _names((*adapter.deltas, *adapter.saved), skeleton, shapes))
         pair_shapes = {name: shapes[name] for name in pairs}
-        adapted, deltas = merge(adapter, tensors, ties, transposed, pair_shapes)
+        apart = {
+            n for n in shapes if n not in pairs and f"{n}.weight" not in {*ties, *ties.values()}
+        }
+        adapted, deltas = merge(
+            adapter, tensors, ties, transposed, pair_shapes, None if merging else apart
+        )
     swap = is_swapped(pairs, tensors, shapes)
     modules = {
         name: _module(name, pairs[name], tensors, shapes[name], swap)
         for name in shapes
         if name in pairs
-    }
+    } | branches
     for name, delta in deltas.items():
-        u, v = joined(modules[name].u, modules[name].v, delta)
-        modules[name] = Module(u, v, modules[name].bias)
+        key = name if name in pairs else f"{name}{BRANCH}"
+        if (old := modules.get(key)) is not None:
+            modules[key] = Module(*joined(old.u, old.v, delta), old.bias)
+        else:
+            modules[key] = Module(*delta.factors(tensors[f"{name}.weight"].dtype), None)
     _check_finite(source, modules)
     modules = _with_owners(modules, family)
     untied = [key for key in ties if key in tensors and not _equal(tensors, key, ties[key])]
@@ -167,19 +200,20 @@ def assemble(source: Source, adapter: Adapter | None = None) -> Assembly:
         # A head that was factorized or changed is no longer the embedding, whatever the config says.
         config.tie_word_embeddings = False
         skeleton = _skeleton(source, config, model_class)
+    swapped = {name: module for name, module in modules.items() if name in shapes}
     used = {key for factors in pairs.values() for key in factors.keys}
-    rest = _rest(source, skeleton, modules, {k: t for k, t in tensors.items() if k not in used})
+    rest = _rest(source, skeleton, swapped, {k: t for k, t in tensors.items() if k not in used})
     ties = skeleton.all_tied_weights_keys
     of_others = {*ties, *ties.values()}
     dense = {
-        name: None if key in of_others else _oriented(skeleton.get_submodule(name), rest[key])
+        name: None if key in of_others else out_in(skeleton.get_submodule(name), rest[key])
         for name in shapes
         if name not in modules and (key := f"{name}.weight")
     }
     return Assembly(family, config, model_class, modules, rest, dense, stored.multiplied, adapted)
 
 
-def _oriented(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+def out_in(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """The weight of a linear module as `[out, in]`; transformers' Conv1D has it transposed."""
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
@@ -300,6 +334,34 @@ def _names(names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any]) -> di
 
     rename = max(renamings, key=fits)
     return {name: rename(name) for name in names}
+
+
+def _unbranched(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, torch.Tensor], dict[str, Module]]:
+    """The tensors with each `BranchedLinear`'s dense part under the plain model's names, and the branches.
+
+    Raises:
+        CheckpointError: a branch does not fit the module that it lies beside.
+    """
+    tensors = dict(tensors)
+    branches = {}
+    for name, shape in shapes.items():
+        keys = [f"{name}{BRANCH}.{part}.weight" for part in "uv"]
+        if f"{name}.base.weight" not in tensors or not all(key in tensors for key in keys):
+            continue  # what there is of it belongs to no module
+        u, v = (tensors.pop(key) for key in keys)
+        plain = u.dim() == v.dim() == 2 and u.is_floating_point() and v.is_floating_point()
+        if not plain or u.shape[1] != v.shape[0] or (u.shape[0], v.shape[1]) != shape:
+            raise CheckpointError(
+                f"{keys[0]} {list(u.shape)} and {keys[1]} {list(v.shape)} lie beside a {list(shape)}; they "
+                "take [out, rank] and [rank, in]."
+            )
+        branches[f"{name}{BRANCH}"] = Module(u, v, None)
+        for part in ("weight", "bias"):
+            if f"{name}.base.{part}" in tensors:
+                tensors[f"{name}.{part}"] = tensors.pop(f"{name}.base.{part}")
+    return tensors, branches
 
 
 def _parts(name: str) -> Iterator[str]:

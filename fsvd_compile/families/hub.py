@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 from fsvd_compile.families.native import (
     METHOD,
     NOTE,
@@ -92,7 +92,8 @@ def _without_factors(initialize: Callable[[Any], None]) -> Callable[[Any], None]
     what they would initialize is read from the checkpoint."""
 
     def initialize_others(module: Any) -> None:
-        if not any(isinstance(child, LowRankLinear) for child in module.children()):
+        kinds = (LowRankLinear, BranchedLinear)
+        if not any(isinstance(child, kinds) for child in module.children()):
             initialize(module)
 
     return initialize_others

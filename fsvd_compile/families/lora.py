@@ -1,6 +1,8 @@
-"""PEFT's LoRA adapters on top of a checkpoint: merged into dense weights, joined to factors as further ranks.
+"""PEFT's LoRA adapters on top of a checkpoint: joined to factors as further ranks, and merged into dense weights or
+kept beside them.
 
-On factors the second is exact and stays one pair: U V + s B A = [U, s B] [V; A].
+On factors it is exact and stays one pair: U V + s B A = [U, s B] [V; A]. Beside a dense weight it is exact as a
+branch, a pair of its own, and costs its bytes; merged it costs none, and is rounded to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ class Delta:
     def shape(self) -> tuple[int, int]:
         return self.b.shape[0], self.a.shape[1]
 
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(`s b`, `a`) in the wider of that dtype and their own."""
+        dtype = torch.promote_types(dtype, self.b.dtype)
+        return (self.scale * self.b.float()).to(dtype), self.a.to(dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -63,18 +70,27 @@ class Adapted:
         path: Its directory.
         merged: Names of weights that it was added to, rounded to their dtype.
         joined: The ranks that it adds to factorized modules.
+        kept: The ranks of its branches beside dense weights, by the module.
         replaced: Names of tensors that it brought whole.
     """
 
     path: pathlib.Path
     merged: tuple[str, ...]
     joined: dict[str, int]
+    kept: dict[str, int]
     replaced: tuple[str, ...]
+
+    def refactored(self, names: Collection[str]) -> Adapted:
+        """The same after dense modules of these names became pairs of factors: what lay beside them is joined."""
+        kept = {name: rank for name, rank in self.kept.items() if name not in names}
+        joined = {name: rank for name, rank in self.kept.items() if name in names}
+        return dataclasses.replace(self, joined=self.joined | joined, kept=kept)
 
     def __str__(self) -> str:
         return (
-            f"adapter {self.path}: joined to the factors of {len(self.joined)} modules, merged into "
-            f"{len(self.merged)} weights, {len(self.replaced)} tensors replaced"
+            f"adapter {self.path}: joined to the factors of {len(self.joined)} modules, kept beside "
+            f"{len(self.kept)} dense weights, merged into {len(self.merged)} weights, "
+            f"{len(self.replaced)} tensors replaced"
         )
 
 
@@ -160,8 +176,10 @@ def merge(
     ties: Mapping[str, str],
     transposed: Collection[str],
     factorized: Mapping[str, tuple[int, int]],
+    dense: Collection[str] | None = None,
 ) -> tuple[Adapted, dict[str, Delta]]:
-    """Adds to dense weights, in fp32; what is meant for factorized modules is left to `joined`.
+    """Adds to dense weights, in fp32; what is meant for factorized modules, or for dense ones that get a branch, is
+    left to `joined` and `Delta.factors`.
 
     An adapter that was trained on the factors themselves (`q_u_proj` of SVD-LLM) names them, and is added to
     them.
@@ -173,11 +191,17 @@ def merge(
             out, and so no longer tied.
         transposed: Names of modules whose weight is stored as `[in, out]`.
         factorized: (out, in) of the modules that are pairs of factors.
+        dense: The linear modules beside whose weight a branch can lie, if nothing is to be merged.
+
+    Returns:
+        What was done, and what is left to do by the name of the factorized module or of the dense one.
 
     Raises:
-        CheckpointError: a module is not there, has another shape, or shares the weight with another.
+        CheckpointError: a module is not there, has another shape, shares the weight with another, or would
+            have to be merged where nothing is to be.
     """
     joined: dict[str, Delta] = {}
+    kept: dict[str, Delta] = {}
     merged = []
     for name, delta in adapter.deltas.items():
         key = f"{name}.weight"
@@ -193,6 +217,14 @@ def merge(
                 f"{adapter.path}: {name} is adapted by a {list(delta.shape)}; the base has "
                 f"{_described(name, shape, factorized)}."
             )
+        if dense is not None:
+            if name not in dense:
+                raise CheckpointError(
+                    f"{adapter.path}: {key} is a factor itself, tied to another weight or of no linear module; "
+                    "beside it no branch is kept. Merge the adapter (merge=True)."
+                )
+            kept[name] = delta
+            continue
         if key in tensors and key not in ties and _is_shared(key, tensors):
             raise CheckpointError(
                 f"{adapter.path}: {key} is one tensor of several modules of the base, of which the adapter "
@@ -211,8 +243,8 @@ def merge(
                 f"{'none' if there is None else list(there.shape)}."
             )
         tensors[key] = tensor
-    ranks = {name: delta.a.shape[0] for name, delta in joined.items()}
-    return Adapted(adapter.path, tuple(merged), ranks, tuple(adapter.saved)), joined
+    ranks = [{n: delta.a.shape[0] for n, delta in deltas.items()} for deltas in (joined, kept)]
+    return Adapted(adapter.path, tuple(merged), *ranks, tuple(adapter.saved)), joined | kept
 
 
 def _described(
@@ -238,9 +270,8 @@ def _is_shared(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 def joined(u: torch.Tensor, v: torch.Tensor, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
     """(`[u, s b]`, `[v; a]`): factors of the sum, with r more ranks, in the wider of the dtypes."""
-    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), delta.b.dtype)
-    b = (delta.scale * delta.b.float()).to(dtype)
-    return torch.cat((u.to(dtype), b), dim=1), torch.cat((v.to(dtype), delta.a.to(dtype)))
+    b, a = delta.factors(torch.promote_types(u.dtype, v.dtype))
+    return torch.cat((u.to(b.dtype), b), dim=1), torch.cat((v.to(a.dtype), a))
 
 
 def rekeyed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:

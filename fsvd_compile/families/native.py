@@ -1,7 +1,8 @@
 """The common format: a transformers model directory whose config names the factorized modules.
 
 `config.json` carries `quantization_config = {"quant_method": "flashsvd", "modules": {...}}`: transformers
-builds the dense skeleton, `hub` swaps `LowRankLinear` in, and the weights are ordinary safetensors.
+builds the dense skeleton, `hub` swaps `LowRankLinear` in, and the weights are ordinary safetensors. An entry
+`<name>.branch`, where `<name>` is a linear module, stands for a `BranchedLinear` around that.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import torch
 from torch import nn
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 from fsvd_compile.families.source import memory
 
 METHOD = "flashsvd"
 VERSION = 1
+BRANCH = ".branch"  # ends the name of a pair beside a dense weight
 NOTE = "import fsvd_compile before loading: transformers alone leaves the factors random"
 
 
 def modules_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a config has to say of every `LowRankLinear`: `{name: {"rank", "bias"[, "v"]}}`.
 
-    "v" names the module of which the first factor is shared.
+    "v" names the module of which the first factor is shared. That of a `BranchedLinear` is `<its name>.branch`.
     """
     owners: dict[Any, str] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -53,31 +55,42 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def swap_in(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
-    """Puts a `LowRankLinear` without values in the place of each named linear module.
+    """Puts a `LowRankLinear` without values in the place of each named linear module, or beside it.
 
     Raises:
-        CheckpointError: a name is missing from the model, is no linear module, or an entry is malformed.
+        CheckpointError: a name is missing from the model, is no linear module, an entry is malformed, or a
+            weight is tied that has something beside it.
     """
+    dense = dict(model.named_modules(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = {*tied, *tied.values()}
     for name, entry in modules.items():
         rank = entry.get("rank") if isinstance(entry, dict) else entry
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise CheckpointError(
                 f"config: module {name!r} has rank {rank!r}; it takes an int >= 1."
             )
-        parent, _, child = name.rpartition(".")
-        try:
-            old = model.get_submodule(name)
-        except AttributeError:
+        # A linear module has no children of its own; in others "branch" is a name like any other.
+        beside = name not in dense and name.endswith(BRANCH)
+        place = name.removesuffix(BRANCH) if beside else name
+        old = dense.get(place)
+        if old is None:
             raise CheckpointError(
-                f"config: {type(model).__name__} has no module {name!r}; the checkpoint was saved from "
+                f"config: {type(model).__name__} has no module {place!r}; the checkpoint was saved from "
                 "another class, which its README.md names."
-            ) from None
+            )
         out_features, in_features = linear_shape(old, name)
         weight, bias = old.weight, bool(entry.get("bias", False))
         made = LowRankLinear(
             in_features, out_features, rank, bias=bias, device=weight.device, dtype=weight.dtype
         )
-        setattr(model.get_submodule(parent), child, made)
+        if beside and (bias or place in modules or f"{place}.weight" in tied):
+            raise CheckpointError(
+                f"config: {name!r} has no bias and lies beside a dense weight; the entry has bias={bias}, or "
+                f"{place!r} is factorized too, or its weight tied to another."
+            )
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, BranchedLinear(old, made) if beside else made)
     # Not before all are there: a config may name a module before the owner of its first factor.
     for name, entry in modules.items():
         if "v" in entry:
@@ -220,7 +233,15 @@ def config_dict(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _card(model: Any, modules: dict[str, dict[str, Any]]) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    ranks = [entry["rank"] for entry in modules.values()]
+    kinds: dict[str, list[int]] = {}
+    for name, entry in modules.items():
+        host = model.get_submodule(name.rpartition(".")[0])
+        kind = "dense with a branch" if isinstance(host, BranchedLinear) else "held as two factors"
+        kinds.setdefault(kind, []).append(entry["rank"])
+    held = (
+        f"{len(ranks)} linear layers are {kind} of ranks {min(ranks)} to {max(ranks)}"
+        for kind, ranks in kinds.items()
+    )
     name = type(model).__name__
     return f"""---
 library_name: transformers
@@ -228,7 +249,7 @@ tags: [fsvd_compile, svd, low-rank]
 ---
 # {name}, factorized
 
-{len(modules)} linear layers are held as two factors of ranks {min(ranks)} to {max(ranks)};
+{", ".join(held)};
 {parameters:,} parameters in all.
 
 ```python
