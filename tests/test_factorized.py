@@ -9,9 +9,10 @@ import pytest
 import torch
 from harness import assert_close
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 
 
 @pytest.mark.parametrize("m,n,r", [(8, 8, 3), (12, 5, 2), (5, 12, 4), (7, 9, 1), (4, 4, 11)])
@@ -144,3 +145,37 @@ def test_save_pretrained_writes_a_shared_v_once(tmp_path):
     ]
     ids = torch.arange(8)[None]
     assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_branch_is_added_to_what_the_base_gives(conv):
+    base, branch = nn.Linear(8, 6), LowRankLinear(8, 6, 3, bias=False)
+    dense = base.weight.detach() + branch.dense_weight()
+    if conv:
+        weight, bias = base.weight.detach(), base.bias
+        base = Conv1D(6, 8)
+        base.weight.data, base.bias = weight.t().contiguous(), bias
+    module = BranchedLinear(base, branch)
+    x = torch.randn(2, 3, 8)
+    assert_close("forward", module(x), x @ dense.T + base.bias, 1e-6)
+    assert (module.in_features, module.out_features) == (8, 6)
+    keys = {"base.weight", "base.bias", "branch.v.weight", "branch.u.weight"}
+    assert set(module.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    "base,branch,says",
+    [
+        (nn.Linear(8, 6), LowRankLinear(8, 6, 3), "the branch has a bias"),
+        (
+            nn.Linear(8, 6),
+            LowRankLinear(6, 8, 3, bias=False),
+            r"base is \[6, 8\] and branch \[8, 6\]",
+        ),
+        (nn.LayerNorm(8), LowRankLinear(8, 8, 3, bias=False), "base is a LayerNorm"),
+        (LowRankLinear(8, 6, 2), LowRankLinear(8, 6, 3, bias=False), "base is a LowRankLinear"),
+    ],
+)
+def test_branches_that_do_not_fit(base, branch, says):
+    with pytest.raises(FactorError, match=says):
+        BranchedLinear(base, branch)

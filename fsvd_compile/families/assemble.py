@@ -342,15 +342,20 @@ def _unbranched(
     """The tensors with each `BranchedLinear`'s dense part under the plain model's names, and the branches.
 
     Raises:
-        CheckpointError: a branch does not fit the module that it lies beside.
+        CheckpointError: a part of one is missing, or the branch does not fit the weight that it lies beside.
     """
     tensors = dict(tensors)
     branches = {}
     for name, shape in shapes.items():
-        keys = [f"{name}{BRANCH}.{part}.weight" for part in "uv"]
-        if f"{name}.base.weight" not in tensors or not all(key in tensors for key in keys):
-            continue  # what there is of it belongs to no module
-        u, v = (tensors.pop(key) for key in keys)
+        keys = [f"{name}.{part}.weight" for part in ("branch.u", "branch.v", "base")]
+        missing = [key for key in keys if key not in tensors]
+        if len(missing) == len(keys):
+            continue
+        if missing:
+            raise CheckpointError(
+                f"{name} is held as a dense weight with a branch beside it; {', '.join(missing)} is missing."
+            )
+        u, v = tensors.pop(keys[0]), tensors.pop(keys[1])
         plain = u.dim() == v.dim() == 2 and u.is_floating_point() and v.is_floating_point()
         if not plain or u.shape[1] != v.shape[0] or (u.shape[0], v.shape[1]) != shape:
             raise CheckpointError(

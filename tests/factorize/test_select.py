@@ -9,7 +9,7 @@ from torch import nn
 from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize import factorize
 from fsvd_compile.factorize.closed_form import rank_for
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 
 
 class Net(nn.Module):
@@ -191,3 +191,18 @@ def test_nothing_selected():
         factorize(nn.Sequential(nn.ReLU()), progress=False)
     with pytest.raises(FactorizeError, match="the model itself"):
         factorize(nn.Linear(8, 8), progress=False)
+
+
+def test_what_has_a_branch_is_left_alone():
+    model = Net()
+    layer = model.layers[0]
+    layer["up"] = BranchedLinear(layer["up"], LowRankLinear(16, 40, 2, bias=False))
+    ids = torch.arange(12).view(2, 6)
+    alone = layer["up"].base.weight
+    report = factorize(model, 0.5, calibration=[ids], progress=False)
+    assert names(report) == [name for name in LINEARS if name != "layers.0.up"]
+    assert "branch" in report.dense["layers.0.up"]
+    assert not any(name.startswith("layers.0.up.") for name in report.dense)
+    assert layer["up"].base.weight is alone
+    with pytest.raises(FactorizeError, match="has a low-rank branch"):
+        factorize(model, 0.5, select=["layers.0.up"], progress=False)

@@ -1,4 +1,4 @@
-"""LoRA adapters: exact as further ranks of factors, merged into dense weights, else refused."""
+"""LoRA adapters: exact as further ranks of factors, merged into dense weights or kept beside them, else refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pathlib
 import checkpoints
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import fsvd_compile
-from fsvd_compile import LowRankLinear, cli, families
+from fsvd_compile import BranchedLinear, LowRankLinear, cli, factorize, families
 from fsvd_compile.errors import CheckpointError
+from fsvd_compile.families import native
 
 BASES = (
     "ablinear-llama-bias", "svd-llm-llama-pickle", "svd-llm-opt-pickle-mid-bias", "basis-sharing-llama",
@@ -246,3 +248,218 @@ def test_command_line(tmp_path, capsys):
         cli.main(["convert", str(made.path), str(out), "--adapter", str(adapter), "--overwrite"])
         == 2
     )
+
+
+def branches(model):
+    return {n: m.branch.rank for n, m in model.named_modules() if isinstance(m, BranchedLinear)}
+
+
+def dense_llama(tmp_path, dtype=torch.float32, **config):
+    """A dense base on disk, rounded to a dtype, and the same in fp32."""
+    made = checkpoints.GENERATORS["ablinear-llama"](tmp_path / "factorized").reference
+    model = type(made)(transformers.LlamaConfig(**{**made.config.to_dict(), **config})).eval()
+    model.to(dtype).save_pretrained(tmp_path / "base")
+    return type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kept_beside_a_dense_base(dtype, tmp_path):
+    """W x + s B (A x) in fp32, whatever the base was rounded to; merged, it is rounded with it."""
+    reference = dense_llama(tmp_path, dtype)
+    targets = ["lm_head", *(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down"))]
+    weights = {n: reference.get_submodule(n).weight.clone() for n in targets}
+    adapter = checkpoints.lora(tmp_path / "lora", reference, targets)
+    base = tmp_path / "base"
+    model = families.load(base, adapter=adapter, merge=False, dtype=torch.float32)
+    assert error(model, reference) < 2e-6
+    assert branches(model) == dict(zip(targets, (4, 3, 5, 4), strict=True))
+    for name, weight in weights.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.base.weight, weight)
+        dense = weight + module.branch.dense_weight()
+        torch.testing.assert_close(dense, reference.get_submodule(name).weight, atol=1e-6, rtol=0)
+    merged = families.load(base, adapter=adapter, dtype=torch.float32)
+    assert not branches(merged)
+    assert (error(merged, reference) > 1e-5) is (dtype != torch.float32)
+    kept = families.load(base, adapter=adapter, merge=False)
+    assert {p.dtype for p in kept.parameters()} == {dtype}
+
+
+def test_branches_in_the_common_format(tmp_path):
+    """Written by us and by transformers, read by both, with the factors of other modules."""
+    found = families.inspect(
+        checkpoints.GENERATORS["ablinear-llama"](tmp_path / "look").path, spectra=False
+    )
+    made, adapter = adapt(tmp_path, "ablinear-llama", [*found.dense, found.rows[0].name])
+    out = tmp_path / "out"
+    done = families.convert(made.path, out, adapter=adapter, merge=False, dtype=torch.float32)
+    assert set(done.adapted.kept) == set(found.dense) and len(done.adapted.joined) == 1
+    assert not done.adapted.merged
+    assert f"kept beside {len(found.dense)} dense weights" in str(done)
+    looked = families.inspect(out, spectra=False)
+    text = str(looked)
+    assert f"{len(found.rows)} factorized modules, {len(found.dense)} dense, " in text
+    assert f"{len(found.dense)} of them with a branch" in text and "lm_head.branch" in text
+    assert [r.name for r in looked.branches] == [f"{n}.branch" for n in found.dense]
+    assert looked.dense_parameters == found.dense_parameters
+    pairs = (*looked.rows, *looked.branches)
+    extra = {r.name: r.rank * (r.in_features + r.out_features) for r in pairs}
+    before = sum(r.rank * (r.in_features + r.out_features) for r in found.rows)
+    assert looked.parameters == found.parameters + sum(extra.values()) - before
+    assert looked.bytes == 4 * looked.parameters
+    card = (out / "README.md").read_text()
+    assert f"{len(found.rows)} linear layers are held as two factors" in card
+    assert f"{len(found.dense)} linear layers are dense with a branch" in card
+    model = families.load(out)
+    assert error(model, made.reference) < 2e-6
+    assert branches(model).keys() == set(found.dense)
+    model.save_pretrained(tmp_path / "own")
+    for folder in (out, tmp_path / "own"):
+        for read in (type(model).from_pretrained(folder), families.load(folder)):
+            assert torch.equal(output(read), output(model))
+            assert branches(read) == branches(model) and ranks(read) == ranks(model)
+
+
+def test_branches_of_gpt2(tmp_path):
+    """Conv1D is a base like any other; its tied head is not."""
+    reference = checkpoints._gpt2()
+    reference.save_pretrained(tmp_path / "base")
+    targets = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_proj"]
+    adapter = checkpoints.lora(tmp_path / "lora", reference, targets, fan_in_fan_out=True)
+    model = families.load(tmp_path / "base", adapter=adapter, merge=False)
+    assert error(model, reference) < 2e-6 and branches(model).keys() == set(targets)
+    fsvd_compile.save(model, tmp_path / "out")
+    assert torch.equal(output(type(model).from_pretrained(tmp_path / "out")), output(model))
+    assert torch.equal(output(families.load(tmp_path / "out")), output(model))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["modules"].keys() == {f"{n}.branch" for n in targets}
+    assert "held as two factors" not in (tmp_path / "out" / "README.md").read_text()
+    adapter = checkpoints.lora(tmp_path / "head", reference, ["lm_head"])
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is .* tied to another"):
+        families.load(tmp_path / "base", adapter=adapter, merge=False)
+
+
+def test_a_further_adapter_on_a_branch(tmp_path):
+    """Joined to the branch, or merged into the weight beside it."""
+    reference = dense_llama(tmp_path)
+    name = "model.layers.0.mlp.down_proj"
+    first = checkpoints.lora(tmp_path / "first", reference, [name])
+    out = tmp_path / "out"
+    families.convert(tmp_path / "base", out, adapter=first, merge=False)
+    second = checkpoints.lora(tmp_path / "second", reference, ["lm_head", name])
+    for merge, expected in ((False, {name: 7, "lm_head": 4}), (True, {name: 4})):
+        model = families.load(out, adapter=second, merge=merge)
+        assert error(model, reference) < 2e-6 and branches(model) == expected
+
+
+def test_a_base_that_is_low_rank_in_disguise_takes_its_branch(tmp_path):
+    made = checkpoints.DISGUISED["fp32"](tmp_path / "base")
+    name = max(made.ranks, key=lambda n: made.reference.get_submodule(n).weight.shape[0])
+    adapter = checkpoints.lora(tmp_path / "lora", made.reference, [name])
+    model = families.load(made.path, adapter=adapter, merge=False, refactor=True)
+    assert ranks(model) == made.ranks | {name: made.ranks[name] + 4} and not branches(model)
+    assert error(model, made.reference) < 2e-6
+    done = families.convert(
+        made.path, tmp_path / "out", adapter=adapter, merge=False, refactor=True
+    )
+    assert done.adapted.joined == {name: 4} and not done.adapted.kept
+
+
+def test_factorized_beside_branches(tmp_path):
+    reference = dense_llama(tmp_path)
+    name = "model.layers.0.mlp.down_proj"
+    adapter = checkpoints.lora(tmp_path / "lora", reference, [name])
+    model = families.load(tmp_path / "base", adapter=adapter, merge=False)
+    report = factorize(model, 0.5, progress=False)
+    assert len(report.modules) == 13 and name in report.dense
+    model.save_pretrained(tmp_path / "own")
+    read = type(model).from_pretrained(tmp_path / "own")
+    assert torch.equal(output(read), output(model)) and branches(read) == {name: 4}
+
+
+def test_whole_tensors_beside_branches(tmp_path):
+    reference = dense_llama(tmp_path)
+    adapter = checkpoints.lora(
+        tmp_path / "lora", reference, ["model.layers.0.mlp.up_proj"], modules_to_save=["lm_head"]
+    )
+    head = torch.randn(97, 48)
+    edited(adapter, lambda s: s.update({"base_model.model.lm_head.weight": head}))
+    reference.lm_head.weight.data = head
+    model = families.load(tmp_path / "base", adapter=adapter, merge=False)
+    assert error(model, reference) < 2e-6 and len(branches(model)) == 1
+
+
+def test_branches_that_cannot_be_kept(tmp_path):
+    made, adapter = adapt(tmp_path, "ablinear-llama")
+    with pytest.raises(CheckpointError, match="merge=False says how an adapter is held"):
+        families.load(made.path, merge=False)
+    tied = dense_llama(tmp_path, tie_word_embeddings=True)
+    head = checkpoints.lora(tmp_path / "head", tied, ["lm_head"])
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is .*\(merge=True\)"):
+        families.convert(tmp_path / "base", out, adapter=head, merge=False)
+    assert not out.exists()
+    basis = checkpoints.GENERATORS["basis-sharing-llama"](tmp_path / "basis")
+    key = KEY.replace("q_proj", "q_basis")
+    pair = {f"{key}A.weight": torch.ones(4, 48), f"{key}B.weight": torch.ones(31, 4)}
+    save_file(pair, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_basis\.weight is a factor itself"):
+        families.load(basis.path, adapter=adapter, merge=False)
+
+
+@pytest.mark.parametrize(
+    "edit,says",
+    [
+        (lambda s, n: s.pop(f"{n}.branch.u.weight"), "its factors are u None"),
+        (lambda s, n: s.pop(f"{n}.base.weight"), r"down_proj\.base\.weight is missing"),
+        (lambda s, n: s[f"{n}.branch.v.weight"].fill_(float("nan")), "v of .* holds NaN"),
+        (
+            lambda s, n: s.update({f"{n}.branch.v.weight": torch.ones(4, 87)}),
+            r"beside a \[48, 88\]",
+        ),
+        (lambda s, n: s.update({f"{n}.u.weight": torch.ones(48, 4)}), "belong to no module"),
+    ],
+)
+def test_damaged_branches_are_found(edit, says, tmp_path):
+    name, out = "model.layers.0.mlp.down_proj", tmp_path / "out"
+    adapter = checkpoints.lora(tmp_path / "lora", dense_llama(tmp_path), [name])
+    families.convert(tmp_path / "base", out, adapter=adapter, merge=False)
+    state = load_file(out / "model.safetensors")
+    edit(state, name)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=says):
+        families.load(out)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"lm_head.branch": {"rank": 4, "bias": True}},
+        {"lm_head.branch": {"rank": 4}, "lm_head": {"rank": 4}},
+        {"model.norm.branch": {"rank": 4}},
+        {"model.nothing.branch": {"rank": 4}},
+    ],
+    ids=str,
+)
+def test_entries_that_no_branch_can_be_made_of(entries):
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    with pytest.raises(CheckpointError, match="config: "):
+        native.swap_in(model, entries)
+
+
+def test_command_line_without_merging(tmp_path, capsys):
+    reference = dense_llama(tmp_path)
+    name = "model.layers.0.mlp.down_proj"
+    adapter = checkpoints.lora(tmp_path / "lora", reference, [name])
+    out = tmp_path / "out"
+    command = ["convert", str(tmp_path / "base"), str(out), "--no-merge"]
+    assert cli.main(command) == 2 and not out.exists()
+    assert cli.main([*command, "--adapter", str(adapter)]) == 0
+    assert "kept beside 1 dense weights" in capsys.readouterr().out
+    assert cli.main(["inspect", str(out), "--skip-spectra"]) == 0
+    assert "1 of them with a branch" in capsys.readouterr().out
+    assert error(families.load(out), reference) < 2e-6
