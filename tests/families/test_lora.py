@@ -463,3 +463,36 @@ def test_command_line_without_merging(tmp_path, capsys):
     assert cli.main(["inspect", str(out), "--skip-spectra"]) == 0
     assert "1 of them with a branch" in capsys.readouterr().out
     assert error(families.load(out), reference) < 2e-6
+
+
+def test_branches_made_by_hand(tmp_path):
+    """Shared first factors stay shared; beside a head that is the embedding nothing is written."""
+    model = checkpoints._gpt2()
+    v = torch.randn(3, 48)
+    layers = model.transformer.h
+    for layer in layers:
+        pair = LowRankLinear.from_factors(torch.randn(144, 3), v)
+        layer.attn.c_attn = BranchedLinear(layer.attn.c_attn, pair)
+    fsvd_compile.save(model, tmp_path / "out")
+    for read in (type(model).from_pretrained(tmp_path / "out"), families.load(tmp_path / "out")):
+        assert torch.equal(output(read), output(model))
+        first, second = (layer.attn.c_attn.branch.v.weight for layer in read.transformer.h)
+        assert first is second
+    model.lm_head = BranchedLinear(model.lm_head, LowRankLinear(48, 97, 3, bias=False))
+    with pytest.raises(CheckpointError, match=r"shared tensors .*lm_head\.base\.weight"):
+        fsvd_compile.save(model, tmp_path / "tied")
+    assert not (tmp_path / "tied").exists()
+    config = {"lm_head.branch": {"rank": 3, "bias": False}}
+    with pytest.raises(CheckpointError, match="its weight tied to another"):
+        native.swap_in(checkpoints._gpt2(), config)
+
+
+def test_a_branch_too_small_for_half_precision(tmp_path):
+    """What counts is the sum: digits that fp16 loses of a tiny B are nothing beside the weight."""
+    reference = dense_llama(tmp_path, torch.float16)
+    name = "model.layers.0.mlp.down_proj"
+    adapter = checkpoints.lora(tmp_path / "lora", reference, [name])
+    key = f"base_model.model.{name}.lora_B.weight"
+    edited(adapter, lambda s: s.update({key: s[key] * 1e-6}))
+    model = families.load(tmp_path / "base", adapter=adapter, merge=False)
+    assert branches(model) == {name: 4} and model.dtype == torch.float16
