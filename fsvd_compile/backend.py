@@ -158,7 +158,14 @@ def _compile_kernels(nodes: Iterable[torch.fx.Node], config: Config, dynamic: st
         for n in ops
         if all(is_static(a) for a in n.all_input_nodes)
     ]
-    compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
+    try:
+        compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
+    except Exception as error:  # time is lost, nothing else
+        log.warning(
+            "kernels were not compiled ahead (%s: %s); each is when it first runs",
+            type(error).__name__,
+            error,
+        )
 
 
 @contextlib.contextmanager

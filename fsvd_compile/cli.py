@@ -323,9 +323,12 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 def _tune(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "tokens", "jobs")
     setting = tune.Setting(**{name: getattr(args, name) for name in names})
-    found = tune.run(setting, say=lambda line: print(line, flush=True))
-    path = tune.own_file()
-    tune.keep(found, path)
+    found, path = [], None
+    for one in tune.run(setting, say=lambda line: print(line, flush=True)):
+        found.append(one)
+        path = tune.own_file()
+        tune.keep([one], path)  # each at once: an interrupted run has done what it has done
+        print(tune.table([one]).splitlines()[-1], flush=True)
     print(tune.table(found))
     print(f"{len(found)} rows in {path}, which every later process reads")
     if args.json:

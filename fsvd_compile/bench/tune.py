@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,12 @@ class Found:
         }
 
 
-def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> list[Found]:
-    """Tunes every linear that the model asks a tile for.
+def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> Iterator[Found]:
+    """Tunes every linear that the model asks a tile for, one after the other once all candidates are compiled.
 
     Args:
         setting: The model and the numbers of tokens.
-        say: Called with a line of text for each linear.
+        say: Called with a line of text before minutes of work.
 
     Raises:
         BenchError: there is no GPU, or the model cannot be measured this way.
@@ -130,15 +130,15 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(setting.jobs, mp_context=spawn) as pool:
         possible = set(itertools.compress(jobs, pool.map(_fits, jobs, chunksize=4)))
-    found = []
     for launch in launches:
         case = Case(launch)
         before = case.us(_tuning.linear_tile(launch, case.x.device))
         times = {t: case.us(t) for t in candidates(launch) if (launch, t) in possible}
+        if not times:
+            say(f"{launch}: no candidate fits into this GPU's shared memory")
+            continue
         ordered = dict(sorted(times.items(), key=lambda item: item[1]))
-        found.append(Found(launch, ordered, before, case.replayed(case.library), case.bytes))
-        say(table(found[-1:]).splitlines()[-1])
-    return found
+        yield Found(launch, ordered, before, case.replayed(case.library), case.bytes)
 
 
 def asked(setting: Setting) -> list[Launch]:

@@ -40,8 +40,6 @@ from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 from fsvd_compile.phase import Phase
 
-SHIFTED_K = 2048  # the longest row that is read shifted, with what lies in front of it
-
 
 def check_operands(op: str, i: int, w: Tensor, b: Tensor | None, name: str, x: Tensor) -> None:
     """Raises FactorError unless weight and bias number `i` of an op go with its input `x`, called `name`."""
@@ -235,15 +233,14 @@ def _shifted(weights: Sequence[Tensor]) -> tuple[int, int]:
     """STEP and VECTOR of `_gemv`: (1, 1) where it reads rows as they lie.
 
     That is unless they start at any element. On an H200 in bf16, gate and up of 11008 rows: K = 1791 takes 22.5 us
-    shifted and 30.5 an element a load, but blocks of 4096 for K = 2089 and 2388 50.9 and 52.2, half of their
-    columns being empty; whole steps with ranks of 1228 and 2388, which are read 8 bytes a load otherwise, did not
-    gain (bench/NOTES.md).
+    shifted and 30.5 an element a load. Rows of 1228 and 2388, which are read 8 bytes a load otherwise, did not gain
+    (bench/NOTES.md).
     """
     vector = 16 // weights[0].element_size()
     longest = max(w.shape[1] for w in weights)
     if (
         _alignment(weights, "row") > 1
-        or longest + vector - 1 > SHIFTED_K
+        or longest + vector - 1 > _tuning.SINGLE_TILE_K
         or not all(map(_triton.aligned, weights))
     ):
         return 1, 1

@@ -160,7 +160,7 @@ def _skinny_rule(launch: Launch, shared: int) -> Tile:
     """One tile for all shapes of an op.
 
     The best by the sum over the linears of a LLaMA-7B layer at keep 0.5, of 8 and of 32 tokens, on an H200: 89 and
-    113 us a layer, 10 and 16 above what the best tile of each would take (bench/results/tune_h200.json).
+    113 us a layer, 10 and 16 above what the best tile of each would take (bench/results/tune_few_h200.json).
     """
     if launch.itemsize != 2:
         return _skinny(launch, 16, 4, 16, 3, shared)

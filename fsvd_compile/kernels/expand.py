@@ -119,7 +119,7 @@ def expand_triton(
     """`expand_reference` in z's dtype by Triton kernels.
 
     Accumulates in fp32 and rounds once, after activation and residual. A rank that is a multiple of 8 (in 16-bit
-    types) and stored with such a stride is read 16 bytes a load, and so are odd ones up to 2041 for one or two
+    types) and stored with such a stride is read 16 bytes a load, and so are odd ones for one or two
     tokens; other ranks cost narrower loads, odd ones (819, 1791) of more tokens one an element.
 
     Args:
