@@ -27,6 +27,7 @@ from fsvd_compile.families.native import (
     state_of,
     swap_in,
 )
+from fsvd_compile.families.parallel import split_factors
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -144,6 +145,7 @@ def _register(registry: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             modules = self.quantization_config.modules
             swap_in(model, modules)
+            model.tp_plan = split_factors(model, model.tp_plan)
             for part in model.modules():
                 if hasattr(type(part), "_init_weights"):
                     part._init_weights = _without_factors(part._init_weights)
