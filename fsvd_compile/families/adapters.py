@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import torch
 
@@ -142,6 +142,20 @@ def find(
     told = [(family, pairs) for family, pairs in best if family.told and family.told(source)]
     silent = [(family, pairs) for family, pairs in best if family.told is None]
     return (told or silent or best)[0]
+
+
+def nearest(tensors: Iterable[str]) -> str | None:
+    """The families after which most tensors are named, and how many are; None where there are none."""
+    keys = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    hits = {
+        # Coefficients under the module's own name may be a dense weight.
+        family: sum((role := family.roles(key)) is not None and role[0] != key for key in keys)
+        for family in FAMILIES
+        if family.name != "PELA"  # its names are numbers, which any nn.Sequential has
+    }
+    most = max(hits.values())
+    names = dict.fromkeys(family.name for family, count in hits.items() if count == most)
+    return f"{' or '.join(names)}, after which {most} are named" if most else None
 
 
 def _pairs(

@@ -21,6 +21,7 @@ from fsvd_compile.families.adapters import (
     Family,
     find,
     is_swapped,
+    nearest,
     oriented,
 )
 from fsvd_compile.families.disguise import Disguised, undisguised
@@ -162,10 +163,12 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
     ties = skeleton.all_tied_weights_keys
     if family is None:
         weights = [f"{name}.weight" for name in shapes]
-        if not all(key in tensors or key in ties for key in weights):
+        there = sum(key in tensors or key in ties for key in weights)
+        if there < len(weights):
             raise CheckpointError(
-                f"{source.path}: no factor pair is found for any of the {len(shapes)} linear modules of "
-                f"{model_class.__name__}, and dense weights not for all. Known layouts: "
+                f"{source.path}: of the {len(shapes)} linear modules of {model_class.__name__} no factor pair is "
+                f"found, and dense weights of {there}. Of its {len(source.tensors)} tensors the nearest "
+                f"family is {nearest(source.tensors) or 'none: no name is that of a factor'}. Known layouts: "
                 f"{', '.join(dict.fromkeys(f.name for f in FAMILIES))}."
             )
         keys = (*stored.keys, *(f"{name}.v" for name in branches))

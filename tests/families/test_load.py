@@ -197,6 +197,19 @@ def only_dense(state):
             del state[key]
 
 
+def no_second_factors(state):
+    for key in list(state):
+        if key.endswith("ALinear.weight"):
+            state[f"{key.removesuffix('ALinear.weight')}C.weight"] = state.pop(key)
+
+
+def unheard_of(state):
+    no_second_factors(state)
+    for key in list(state):
+        if key.endswith("BLinear.weight"):
+            state[f"{key.removesuffix('BLinear.weight')}D.weight"] = state.pop(key)
+
+
 @pytest.mark.parametrize(
     "edit,says",
     [
@@ -206,6 +219,8 @@ def only_dense(state):
         (add_unknown, "belong to no module: model.layers.0.adapter.weight"),
         (make_codes, "quantized without the scales"),
         (only_dense, "no factor pair"),
+        (no_second_factors, r"Dobi-SVD or ASVD or LowRankArena, after which \d+ are named"),
+        (unheard_of, "nearest family is none: no name is that of a factor"),
     ],
 )
 def test_bad_tensors(ablinear, edit, says):

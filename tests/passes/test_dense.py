@@ -47,6 +47,14 @@ def test_head_takes_the_final_norm(shape, bias):
     assert not result.after.keys() & {"linear", "rsqrt", "mean", "mul", "fsvd.expand"}
 
 
+def test_norm_between_two_factors():
+    """DeepSeek's latent attention: V, RMSNorm, U."""
+    result = run(nn.Sequential(nn.Linear(2 * K, K, bias=False), Head()), torch.randn(1, 1, 2 * K))
+    assert result.only() == {"dense_linear": 2, "norm_prologue": 1}
+    assert result.after["fsvd.shrink"] == 2
+    assert not result.after.keys() & {"linear", "rsqrt", "mean", "mul", "fsvd.expand"}
+
+
 class Layer(nn.Module):
     """A dense attention block and MLP of one token, attention left out."""
 
