@@ -331,5 +331,12 @@ def save(found: Sequence[Found], path: str) -> None:
 
 
 def own_file() -> Path:
-    """The user's table for the current GPU."""
-    return _measured.own_file(torch.cuda.get_device_capability())
+    """The user's table for the current GPU.
+
+    Raises:
+        BenchError: nothing says where it could be.
+    """
+    try:
+        return _measured.own_file(torch.cuda.get_device_capability())
+    except RuntimeError as error:  # no home directory
+        raise BenchError(f"{error} Set FSVD_TUNED to a directory.") from error

@@ -158,9 +158,11 @@ class _Rest:
         return _Rest(args, kwargs, self.place)
 
     def __call__(self, layer: nn.Module, hidden: torch.Tensor) -> Any:
+        # Lists and dicts of its own for every call: a layer may add to them, and is called again.
+        args, kwargs = _mapped((self.args, self.kwargs), lambda tensor: tensor)
         if self.place is None:
-            return layer(hidden, *self.args, **self.kwargs)
-        return layer(**self.kwargs, **{self.place: hidden})
+            return layer(hidden, *args, **kwargs)
+        return layer(**kwargs, **{self.place: hidden})
 
 
 def _known(tensor: torch.Tensor, known: list[torch.Tensor]) -> torch.Tensor:

@@ -145,7 +145,9 @@ def _register(registry: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             modules = self.quantization_config.modules
             swap_in(model, modules)
-            model.tp_plan = split_factors(model, model.tp_plan)
+            before = model.tp_plan or {}
+            if (plan := split_factors(model, before)) != before:
+                model.tp_plan = plan
             for part in model.modules():
                 if hasattr(type(part), "_init_weights"):
                     part._init_weights = _without_factors(part._init_weights)

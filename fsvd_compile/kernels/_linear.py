@@ -240,6 +240,7 @@ def _shifted(weights: Sequence[Tensor]) -> tuple[int, int]:
     longest = max(w.shape[1] for w in weights)
     if (
         _alignment(weights, "row") > 1
+        or not all(w.shape[1] for w in weights)  # nothing to be read, from no address
         or longest + vector - 1 > _tuning.SINGLE_TILE_K
         or not all(map(_triton.aligned, weights))
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -20,6 +21,8 @@ from fsvd_compile.kernels._triton import next_power_of_2
 
 if TYPE_CHECKING:
     from fsvd_compile.kernels._tuning import Launch
+
+log = logging.getLogger(__name__)
 
 # What a row was measured for; K and rows may differ, the rest has to be the same.
 SAME = ("op", "gated", "itemsize")
@@ -58,8 +61,16 @@ def measured(capability: tuple[int, int]) -> dict[str, list[dict]]:
     name = f"sm{capability[0]}{capability[1]}.json"
     stock = resources.files("fsvd_compile.kernels").joinpath("configs", name)
     tables = [json.loads(stock.read_text())] if stock.is_file() else []
-    own = own_file(capability)
-    if own.is_file():
+    try:
+        own = own_file(capability)
+        there = own.is_file()
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # no home directory, or one that may not be looked into
+        log.warning("tiles of `fsvd-compile tune` are not looked for: %s. Set FSVD_TUNED.", error)
+        there = False
+    if there:
         tables.insert(0, read(own))
     return {kernel: [row for t in tables for row in t[kernel]] for kernel in TILES}
 
@@ -99,6 +110,8 @@ def _check_row(row: dict, tile: tuple[str, ...]) -> None:
     for name in tile:
         if name != "num_stages" and row[name] & (row[name] - 1):
             raise ValueError(f"{name} {row[name]}, no power of two")
+    if max(row.get("num_warps", 1), row.get("split", 1)) > 32:
+        raise ValueError("more than 32 warps")
     for name in ("gated", "shifted"):
         if not isinstance(row[name], bool):
             raise ValueError(f"{name} {row[name]!r}")

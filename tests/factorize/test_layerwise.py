@@ -56,6 +56,43 @@ def test_masks_are_seen():
     assert_same(model, twin)
 
 
+class Adding(nn.Module):
+    """A layer that reads what others have left in a list, and leaves something itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(24, 48), nn.Linear(48, 24)
+
+    def forward(self, x, notes=None):
+        y = self.b(torch.relu(self.a(x + sum(notes[-1:]))))
+        notes.append(y)
+        return x + y
+
+
+class Noting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Adding() for _ in range(3))
+
+    def forward(self, x):
+        notes = []
+        for layer in self.layers:
+            x = layer(x, notes=notes)
+        return x
+
+
+def test_layers_that_add_to_their_arguments():
+    model, batches = Noting(), [torch.randn(2, 7, 24) for _ in range(4)]
+    twin = copy.deepcopy(model)
+    options = {
+        "calibration": batches, "allocation": "loss", "progress": False,
+        "loss": lambda model, batch: model(batch).square().mean(),
+    }  # fmt: skip
+    factorize(twin, 0.6, **options)
+    factorize(model, 0.6, layerwise=True, **options)
+    assert_same(model, twin)
+
+
 def test_covariances_of_one_layer_at_a_time(monkeypatch):
     """What is alive when a layer is computed belongs to that layer."""
     alive, real = [], Covariances.pop

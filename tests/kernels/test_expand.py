@@ -99,6 +99,13 @@ def test_triton_storage(storage, activation, phase, poisoned):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("ranks", ((0,), (5, 0), (0, 5)))
+def test_triton_rank_zero(ranks, poisoned):
+    args = case((1,), (9,) * len(ranks), ranks)
+    assert_close("y", expand_triton(*args), expand_reference(*args), 2e-6)
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize("rank", (1, 7, 8, 12, 63))
 @pytest.mark.parametrize("gap", (0, 1, 2, 4))
 @pytest.mark.parametrize("start", (0, 1))

@@ -150,6 +150,17 @@ def test_a_file_that_is_no_table(text, own):
         tile("shrink", 4096, 1024)
 
 
+@pytest.mark.parametrize("failure", (PermissionError(13, "denied"), RuntimeError("no home")))
+def test_without_a_home_directory(failure, own, monkeypatch, caplog):
+    def fails(capability):
+        raise failure
+
+    monkeypatch.setattr(_measured, "own_file", fails)
+    _measured.measured.cache_clear()
+    assert tile("shrink", 4096, 1024).block_r == 2  # as in the package's table
+    assert "FSVD_TUNED" in caplog.text
+
+
 def test_candidates_fit_in_registers():
     gated = _tuning.Launch("expand", "gemv", 1791, 11008, 1, 2, gated=True, vector=8)
     tiles = tune.candidates(gated)
