@@ -24,9 +24,7 @@ from fsvd_compile import bench
 def main() -> None:
     args = _arguments()
     device = torch.device(args.device)
-    dense, tokenizer = smollm2.load()
-    dense.to(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    dense, tokenizer = quality.loaded(device)
     prompts = beginnings(tokenizer, args.prompts, args.prompt).to(device)
     calibration = smollm2.windows(tokenizer, args.calibration, 512).split(8)
     rows = []

@@ -39,10 +39,7 @@ WAYS = {
 def main() -> None:
     args = _arguments()
     device = torch.device(args.device)
-    dense, tokenizer = smollm2.load()
-    dense.to(device)
-    # Gradients and moments in the precision they are meant to have, on every GPU.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    dense, tokenizer = loaded(device)
     calibration = smollm2.windows(tokenizer, args.calibration, LENGTH).split(args.batch)
     texts = {"wiki": smollm2.windows(tokenizer, args.windows, LENGTH, held_out=True)}
     for name, path in args.text:
@@ -72,6 +69,14 @@ def main() -> None:
                 "parameters": done.parameters_after,
             }
             report(rows, args.json, where, way, keep, model, texts, found)
+
+
+def loaded(device: torch.device):
+    """The dense model in fp32 on its device, and the tokenizer."""
+    dense, tokenizer = smollm2.load()
+    # Gradients and moments in the precision they are meant to have, on every GPU.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return dense.to(device), tokenizer
 
 
 def options(stages: tuple[str, ...], calibration: tuple, args: argparse.Namespace) -> dict:

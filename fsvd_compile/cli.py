@@ -323,10 +323,10 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 def _tune(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "tokens", "jobs")
     setting = tune.Setting(**{name: getattr(args, name) for name in names})
-    found, path = [], None
+    path = tune.own_file()  # a place that cannot be named is found before the measurement
+    found = []
     for one in tune.run(setting, say=lambda line: print(line, flush=True)):
         found.append(one)
-        path = tune.own_file()
         tune.keep([one], path)  # each at once: an interrupted run has done what it has done
         print(tune.table([one]).splitlines()[-1], flush=True)
     print(tune.table(found))

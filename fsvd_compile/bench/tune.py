@@ -33,7 +33,7 @@ from fsvd_compile.table import aligned
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 ERRORS = {2: 4e-3, 4: 1e-5}  # relative RMS to fp32; rounding to bf16 alone is 2e-3
 # Bytes of weight a thread may request at once: 8 to 64 registers.
-THREAD_BYTES = range(32, 257)
+THREAD_BYTES = range(32, _tuning.THREAD_BYTES + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +313,6 @@ def keep(found: Sequence[Found], path: Path) -> None:
         unfinished.replace(path)
     except OSError as error:
         raise BenchError(f"{path} cannot be written: {error}. Set FSVD_TUNED.") from error
-    _measured.measured.cache_clear()
     _tuning.forget()
 
 

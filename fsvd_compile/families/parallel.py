@@ -7,7 +7,6 @@ is as long as the rank, not as the output, over the devices.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from fsvd_compile.factorized import BranchedLinear, LowRankLinear
+from fsvd_compile.table import pattern
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def split_factors(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     known = getattr(styles, "ALL_PARALLEL_STYLES", ())
     kinds: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(module)
+        kinds.setdefault(pattern(name), []).append(module)
     first_factors = [m.v for m in model.modules() if isinstance(m, LowRankLinear)]
     added: dict[str, str] = {}
     removed: list[str] = []

@@ -109,6 +109,7 @@ def linear_tile(launch: Launch, device: torch.device) -> Tile:
 
 def forget() -> None:
     """Looks at the tables again."""
+    _measured.measured.cache_clear()
     _linear_tile.cache_clear()
 
 
@@ -121,7 +122,11 @@ def _linear_tile(launch: Launch, device: torch.device) -> Tile:
         if capability is not None and launch.layout == "row":
             row = _measured.nearest(launch, launch.block_m, capability)
         shared = _triton.shared_memory(device)
-        return _skinny_rule(launch, shared) if row is None else _skinny_row(launch, row, shared)
+        if row is None:
+            return _skinny_rule(launch, shared)
+        # A GPU of the same capability with less shared memory takes a shorter tile than was measured.
+        found = (row[name] for name in _measured.TILES["skinny"])
+        return _skinny(launch, *found, shared)
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
     tokens = 1 if launch.gated and not whole else min(launch.tokens, 2)
@@ -147,13 +152,6 @@ def _gemv_rule(launch: Launch, tokens: int, sms: int) -> Tile:
     while block_r > 1 and cdiv(launch.rows, block_r) < 2 * sms:
         block_r //= 2
     return Tile(block_r, block_k, num_warps, tokens)
-
-
-def _skinny_row(launch: Launch, row: dict, shared: int) -> Tile:
-    """A measured tile; a GPU of the same capability with less shared memory takes a shorter one."""
-    return _skinny(
-        launch, row["block_r"], row["split"], row["block_k"], row["num_stages"], shared
-    )  # fmt: skip
 
 
 def _skinny_rule(launch: Launch, shared: int) -> Tile:
