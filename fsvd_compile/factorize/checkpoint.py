@@ -76,6 +76,13 @@ def factorize_checkpoint(
         except (OSError, UnicodeDecodeError) as error:
             raise FactorizeError(f"calibration: {calibration} cannot be read: {error}") from error
         batches = calibration_windows(text, tokenizer, length, count)
+        # Known before the run: on a GPU a token without an embedding ends the process.
+        most = model.get_input_embeddings().num_embeddings
+        if (last := max(int(batch.max()) for batch in batches)) >= most:
+            raise FactorizeError(
+                f"{source}: its tokenizer gives token {last} and the model embeds {most}; the tokenizer belongs to "
+                "another model. Put the model's own into the directory."
+            )
     model.eval().requires_grad_(False)
     report = factorize(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,6 +92,20 @@ def test_bad_arguments(source, tmp_path, capsys, more, says):
     assert command(source, tmp_path / "out", *more) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_another_model(source, tmp_path, capsys):
+    other = tmp_path / "model"
+    shutil.copytree(source, other)
+    words = Tokenizer(
+        models.WordLevel({w: 40 + i for i, w in enumerate([*WORDS, "?"])}, unk_token="?")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(other)
+    text = ["--calibration", source / "text.txt", "--length", 32, "--windows", 5]
+    assert command(other, tmp_path / "out", *text) == 2
+    assert "tokenizer belongs to another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_source(tmp_path, capsys):
