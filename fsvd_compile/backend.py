@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
+from torch.fx.node import map_arg
 
 from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten
+from fsvd_compile.kernels.ahead import compile_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
@@ -111,12 +116,15 @@ def _compiled(
     dynamic = _dynamic(gm)
     if len(pieces) < 2:
         report.layers = [1]
+        _compile_kernels(gm.graph.nodes, config, dynamic)
         with _counted(list(gm.graph.nodes), report):
             whole = compile_fn(gm, example_inputs)
         return _graphed(whole, "step", static, written, config, report, dynamic)
 
     compiled: dict[tuple, Callable] = {}
     signatures = [piece.signature() for piece in pieces]
+    distinct = dict(zip(signatures, pieces, strict=True)).values()
+    _compile_kernels((n for piece in distinct for n in piece.nodes), config, dynamic)
     for piece, signature in zip(pieces, signatures, strict=True):
         if signature not in compiled:
             with _counted(piece.nodes, report):
@@ -140,6 +148,24 @@ def _compiled(
         return Program(gm.graph, pieces, functions)
     program = Program(gm.graph, pieces, functions)
     return _graphed(program, "step", static, written, config, report, dynamic)
+
+
+def _compile_kernels(nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None) -> None:
+    """Our kernels for these operations, where sizes are known."""
+    ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
+    calls = [
+        (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
+        for n in ops
+        if all(is_static(a) for a in n.all_input_nodes)
+    ]
+    try:
+        compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
+    except Exception as error:  # time is lost, nothing else
+        log.warning(
+            "kernels were not compiled ahead (%s: %s); each is when it first runs",
+            type(error).__name__,
+            error,
+        )
 
 
 @contextlib.contextmanager
@@ -187,11 +213,40 @@ def _graphed(
 def _inductor(config: Config) -> Callable:
     # Inductor's own CUDA graphs would copy what ours keep in place.
     patches = {**config.inductor, "triton.cudagraphs": False}
+    # Its caches on disk know our ops by name only; what they make depends on how the ops lay out their results.
+    tag = f"{torch.compiler.config.cache_key_tag} fsvd {_SOURCES}".strip()
 
     def compile_graph(gm: GraphModule, inputs: list[Any]) -> Callable:
-        return compile_fx(gm, inputs, config_patches=patches)
+        marked = {**_own_functions(gm), **torch._inductor.config.unsafe_marked_cacheable_functions}
+        given = {"unsafe_marked_cacheable_functions": marked, **patches}
+        with torch.compiler.config.patch(cache_key_tag=tag):
+            return compile_fx(gm, inputs, config_patches=given)
 
     return compile_graph
+
+
+def _own_functions(gm: GraphModule) -> dict[str, str]:
+    """The functions that lowering has put into a graph: without state, and in the digest of the sources."""
+    targets = {n.target for n in gm.graph.nodes if n.op == "call_function"}
+    ours = [
+        t for t in targets if (getattr(t, "__module__", None) or "").startswith("fsvd_compile.")
+    ]
+    return dict.fromkeys(sorted(f"{t.__module__}.{t.__name__}" for t in ours), "fsvd")
+
+
+def _sources(root: Path) -> str:
+    """A digest of this package's source; where there are no files to read (a zip), something new in each process."""
+    files = sorted(root.rglob("*.py")) if root.is_dir() else []
+    if not files:
+        return uuid.uuid4().hex
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+# At the import: what runs in this process is what was there then, whatever the files hold later.
+_SOURCES = _sources(Path(__file__).parent)
 
 
 def _why_unfused(example_inputs: list[Any]) -> str | None:

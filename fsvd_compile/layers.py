@@ -18,9 +18,10 @@ import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
-from fsvd_compile.passes.graph import is_input, is_static, storage, val
+from fsvd_compile.passes.graph import is_input, is_static, set_value, storage, val
 from fsvd_compile.passes.vocabulary import kind_of
 
 # Shorter runs are not worth a call of their own: the call costs about 20 us of Python on the host.
@@ -174,21 +175,34 @@ Compile = Callable[[GraphModule, list[Any]], Callable]
 def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
     """Compile a piece by itself.
 
-    A piece of plain tensors gets a tracing context of its own, so that nothing of the whole graph's leaks in. One that
-    reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's.
+    A piece of plain tensors gets a tracing context of its own, so that nothing of the whole graph's leaks in; with a
+    shape environment and a value at every node, without which the caches of Inductor and AOTAutograd stand aside. One
+    that reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's.
     """
-    symbolic = piece.symbolic
-    mode = TracingContext.get().fake_mode if symbolic else FakeTensorMode()
+    if piece.symbolic:
+        with TracingContext.get().fake_mode:
+            inputs = [_fake_input(n) for n in piece.inputs]
+        module = piece.module()
+        for node in module.graph.nodes:
+            node.meta.pop("example_value", None)  # of the whole graph's tensors, not of these
+        return compile_fn(module, inputs)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    module = piece.module()
     with mode:
         inputs = [_fake_input(n) for n in piece.inputs]
-    module = piece.module()
-    for node in module.graph.nodes:
-        # Values of the mode that traced the whole graph would clash with these.
-        node.meta.pop("example_value", None)
-    if symbolic:
-        return compile_fn(module, inputs)
+        _set_values(module.graph, inputs)
     with tracing(TracingContext(mode)):
         return compile_fn(module, inputs)
+
+
+def _set_values(graph: Graph, inputs: list[Any]) -> None:
+    """Every node's value in the mode of the inputs; those of the mode that traced the whole graph would clash."""
+    given = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["example_value"] = next(given)
+        elif node.op != "output":
+            set_value(node)
 
 
 def _fake_input(node: Node) -> Any:

@@ -49,6 +49,17 @@ def test_names_that_would_shadow_other_packages_stay_unimportable():
     assert done.stdout.split() == ["None", "False"], done.stderr
 
 
+def test_without_kernels_ahead_of_time_it_still_works(monkeypatch, caplog):
+    def fails(calls, captured):
+        raise RuntimeError("another mode is active")
+
+    monkeypatch.setattr("fsvd_compile.backend.compile_ahead", fails)
+    model, x = chain(), torch.randn(3, 48)
+    with torch.no_grad():
+        assert_close("y", torch.compile(model, backend="flashsvd")(x), model(x), 1e-5)
+    assert "not compiled ahead (RuntimeError: another mode is active)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [

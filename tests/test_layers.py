@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +207,46 @@ def test_intermediates_are_freed(lowered):
     done = [slot for *_, slots in program.steps for slot in slots]
     assert done
     assert len(done) == len(set(done))
+
+
+@pytest.mark.parametrize("kernels", ["ops", "aten"])
+def test_a_second_compilation_comes_from_the_caches_on_disk(monkeypatch, kernels):
+    """Nothing that a piece is made of keeps Inductor's and AOTAutograd's caches away; other sources of ours do."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    def compiled_again(**options):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad(), collect() as reports:
+            result = torch.compile(model, backend="flashsvd", options=options)(x)
+        assert_close("stack", result, model(x), 1e-5)
+        cached = (
+            counters["inductor"]["fxgraph_cache_hit"],
+            counters["inductor"]["fxgraph_cache_miss"],
+        )
+        assert not counters["inductor"]["fxgraph_cache_bypass"]
+        return cached, counters["aot_autograd"]["autograd_cache_hit"], reports[0].kernels
+
+    model = Stack(*(Block(6, nn.GELU()) for _ in range(3))).eval().requires_grad_(False)
+    x = torch.randn(3, 8)
+    with fresh_cache():
+        cached, _, first = compiled_again(kernels=kernels)
+        assert cached == (0, 3)
+        cached, whole, again = compiled_again(kernels=kernels)
+        assert cached == (3, 0) and whole == 3
+        assert again == first  # what explain counts is the same
+        monkeypatch.setattr(backend, "_SOURCES", "edited")
+        assert compiled_again(kernels=kernels)[:2] == ((0, 3), 0)
+
+
+def test_the_key_of_the_caches_is_of_the_sources_that_were_imported(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text("one")
+    before = backend._sources(tmp_path)
+    assert backend._sources(tmp_path) == before
+    file.write_text("two")
+    assert backend._sources(tmp_path) != before
+    # No two processes share a cache where nothing can be read.
+    assert backend._sources(tmp_path / "a.zip") != backend._sources(tmp_path / "a.zip")
+    assert backend._sources(Path(backend.__file__).parent) == backend._SOURCES

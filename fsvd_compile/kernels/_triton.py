@@ -105,9 +105,41 @@ def in_own_capture() -> bool:
     return _own_capture.get()
 
 
+_compiling_only = contextvars.ContextVar("fsvd_compiling_only", default=False)
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Inside, `launch` compiles a kernel for its arguments, fake tensors perhaps, and does not run it."""
+    token = _compiling_only.set(True)
+    try:
+        yield
+    finally:
+        _compiling_only.reset(token)
+
+
 def aligned(tensor: torch.Tensor) -> bool:
-    """Whether a tensor begins at a multiple of 16 bytes."""
+    """Whether a tensor begins at a multiple of 16 bytes; inside `compiling_only` its storage is taken to."""
+    if _compiling_only.get():
+        return tensor.storage_offset() * tensor.element_size() % 16 == 0
     return tensor.data_ptr() % 16 == 0
+
+
+class _Unread:
+    """What Triton asks of a tensor to choose a kernel: its dtype, and whether its address is a multiple of 16."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.dtype = tensor.dtype
+        self._address = 0 if aligned(tensor) else tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _unread(argument: Any) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(map(_unread, argument))
+    return _Unread(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, **kwargs: Any):
@@ -116,7 +148,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, 
         kwargs["launch_pdl"] = True
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](USE_PDL=pdl, **kwargs)
+        if _compiling_only.get():
+            unread = {name: _unread(argument) for name, argument in kwargs.items()}
+            kernel.warmup(USE_PDL=pdl, grid=grid, **unread)
+        else:
+            kernel[grid](USE_PDL=pdl, **kwargs)
 
 
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:

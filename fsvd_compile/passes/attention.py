@@ -10,7 +10,6 @@ import torch
 from torch.fx import Graph, Node
 
 from fsvd_compile.passes.graph import (
-    Writes,
     emit,
     is_input,
     is_number,
@@ -117,7 +116,7 @@ def _find_rope_append(graph: Graph) -> Iterator[Match]:
             "cos": k_rope["cos"], "sin": k_rope["sin"],
             "k_cache": k["input"], "v_cache": v["input"], "position": k["index"],
             "q_rope": q_rope.root, "k_write": k_write, "v_write": v_write,
-            "dims": (k["dim"], v["dim"]), "graph": graph,
+            "dims": (k["dim"], v["dim"]),
         }  # fmt: skip
         yield Match(
             v_write, bound, [*k_rope.interior, *q_rope.interior[1:]], (q_rope.root, k_write)
@@ -175,19 +174,16 @@ def _moved_reads(match: Match) -> str | None:
             return f"{user.name} reads q before the cache is written"
     # By memory, not by name: an earlier view of a cache shows what is written to it as well.
     caches = {storage(match["k_cache"]), storage(match["v_cache"])}
-    for alias in match["graph"].nodes:
-        if storage(alias) not in caches:
-            continue
-        for user in alias.users:
+    for cache in (match["k_cache"], match["v_cache"]):
+        for user in match.memory.readers(cache):
             if k_write < user < end and storage(user) not in caches:
                 return f"{user.name} reads the cache between its two writes"
     for written in (k_write, end):
         for user in written.users:
             if user.op == "output":
                 return f"{written.name} is an output"
-    writes = Writes(match["graph"])
     for name in ("position", "v", "cos", "sin"):
-        writer = writes.between(match[name], k_write, end, but=(k_write, end))
+        writer = match.memory.between(match[name], k_write, end, but=(k_write, end))
         if writer is not None:
             return f"{match[name].name} is written in place by {writer.name}"
     return None

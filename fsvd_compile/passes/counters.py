@@ -8,11 +8,11 @@ import torch
 from torch.fx import Graph, Node
 
 from fsvd_compile.passes.graph import (
+    Memory,
     emit,
     is_input,
     is_static,
     reaches_output,
-    readers,
     shape,
     storage,
     val,
@@ -25,6 +25,7 @@ from fsvd_compile.passes.vocabulary import arguments, kind_of
 def _find_counters(graph: Graph) -> Iterator[Match]:
     """One match a step and kind of counter: `counter.add_(n)` of inputs that nobody looks at afterwards."""
     groups: dict[tuple, list[Node]] = {}
+    memory = Memory(graph)
     for node in graph.nodes:
         if node.op != "call_method" or node.target != "add_" or node.kwargs or len(node.args) != 2:
             continue
@@ -34,7 +35,7 @@ def _find_counters(graph: Graph) -> Iterator[Match]:
         value = val(counter)
         if value is None or value.dtype.is_floating_point or value.numel() != 1:
             continue
-        if any(user is not node and user > node for user in readers(graph, counter)):
+        if any(user is not node and user > node for user in memory.readers(counter)):
             continue
         groups.setdefault((step, value.dtype, value.device), []).append(node)
     for (step, *_), nodes in groups.items():
@@ -93,13 +94,13 @@ def _position_guard(match: Match, context: Context) -> str | None:
         return f"{position.name} has shape {shape(position)}, not one number"
     if reaches_output(node):
         return f"{node.name} leaves the graph"
-    if match.writes.any(node) is not None:
+    if match.memory.any(node) is not None:
         return f"{node.name} is written in place"
-    users = list(readers(node.graph, node))
+    users = match.memory.readers(node)
     if any(isinstance(user.target, torch._ops.HigherOrderOperator) for user in users):
         return f"{node.name} goes into a higher-order operator, which takes no aliases"
     last = max(users, default=node)
-    writer = match.writes.between(position, node, last)
+    writer = match.memory.between(position, node, last)
     if writer is not None:
         return f"{position.name} is written in place by {writer.name}"
     return None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from fsvd_compile.passes.graph import readers, shape, storage, written_by
+from fsvd_compile.passes.graph import shape, storage, written_by
 from fsvd_compile.passes.ops import Attention, DecodeAttention, RopeAppend, emit_op, read
 from fsvd_compile.passes.pattern import Match
 from fsvd_compile.passes.rewrite import Context, Rewrite
@@ -30,7 +30,7 @@ def _decode_attention_guard(match: Match, context: Context) -> str | None:
         return f"{shape(append.q)[2]} tokens a sequence"
     first = attention.q
     for cache in (append.k_cache, append.v_cache):
-        for node in readers(first.graph, cache):
+        for node in match.memory.readers(cache):
             if first < node < match.root:
                 return f"{node.name} reads the cache between append and attention"
             if node is not first and any(storage(w) == storage(cache) for w in written_by(node)):

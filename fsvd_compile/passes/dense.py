@@ -53,7 +53,7 @@ def _linear_guard(match: Match, context: Context) -> str | None:
         return (
             f"the rows of {weight.name} are no multiples of {_ALIGNED} bytes one behind the other"
         )
-    return read_ahead(match.writes, weight, bias)
+    return read_ahead(match.memory, weight, bias)
 
 
 def _replace_linear(match: Match, graph: Graph) -> Node:
@@ -70,7 +70,7 @@ def _siblings_guard(match: Match, context: Context) -> str | None:
     """One launch instead of one for each: two dependent launches less where q, k and v are dense."""
     for member in match["members"]:
         alone = Match(member.first, {"x": match["x"], "weight": member.v, "bias": member.v_bias})
-        alone.writes = match.writes
+        alone.memory = match.memory
         if (reason := _linear_guard(alone, context)) is not None:
             return reason
     return siblings_guard(match, context)

@@ -178,7 +178,7 @@ def _norm_guard(match: Match, context: Context) -> str | None:
         if torch.promote_types(x.dtype, val(node).dtype) != val(node).dtype:
             return f"the norm rounds {x.dtype} to {val(node).dtype} at {node.name}"
     if context.device == "cuda":
-        return read_ahead(match.writes, match["weight"], match["bias"])
+        return read_ahead(match.memory, match["weight"], match["bias"])
     return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
+import heapq
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -188,36 +190,88 @@ def _written_by_bodies(node: Node) -> list[Node]:
     return [n for n in inputs if val(n) is not None]
 
 
-class Writes:
-    """Which nodes write which memory; answers whether a read may move from one place to another."""
+class Memory:
+    """Which nodes hold and write which memory; answers whether a read may move from one place to another.
+
+    Attributes:
+        added: Nodes that came into the graph since values were last refreshed, as far as they were looked for.
+    """
 
     def __init__(self, graph: Graph):
-        self._by_storage: dict[int, list[Node]] = {}
-        for node in graph.nodes:
-            for target in written_by(node):
-                key = storage(target)
-                if key is not None:
-                    self._by_storage.setdefault(key, []).append(node)
+        self.graph = graph
+        self.added: set[Node] = set()
+        self._key: dict[Node, int | None] = {}
+        self._writes: dict[Node, set[int]] = {}
+        self._holders: dict[int, set[Node]] = {}
+        self._writers: dict[int, list[Node]] = {}
+        self.update(graph.nodes)
+
+    def look(self) -> None:
+        """Look for nodes that were added to the graph."""
+        added = [n for n in self.graph.nodes if n not in self._key]
+        self.added.update(added)
+        self.update(added)
+
+    def update(self, nodes: Iterable[Node]) -> None:
+        """Read anew what these nodes hold and write."""
+        for node in nodes:
+            if (old := self._key.pop(node, None)) is not None:
+                self._holders[old].discard(node)
+            for key in self._writes.pop(node, ()):
+                self._writers[key].remove(node)
+            if node._erased:
+                continue
+            self._key[node] = key = storage(node)
+            if key is not None:
+                self._holders.setdefault(key, set()).add(node)
+            if written := {storage(target) for target in written_by(node)} - {None}:
+                self._writes[node] = written
+                for key in written:
+                    bisect.insort(self._writers.setdefault(key, []), node)
+
+    def stands_in(self, value: Node, replaced: Node) -> bool:
+        """Let a value that was added take the memory of the one whose readers it got, if both have memory of their own.
+
+        Nothing changes for the readers then; returns whether that is so.
+        """
+        self.look()  # for the value itself
+        if value not in self.added or replaced.users or not _same_layout(value, replaced):
+            return False
+        if _aliases_input(value) or _aliases_input(replaced) or self.holders(value) != [value]:
+            return False
+        value.meta["example_value"] = replaced.meta["example_value"]
+        self.added.discard(value)
+        self.update([value])
+        return True
 
     def between(self, read: Node, start: Node, end: Node, but: Iterable[Node] = ()) -> Node | None:
         """A node after `start` and before `end` that writes the memory of `read`, or None."""
         ignore = set(but)
-        for writer in self._by_storage.get(storage(read), ()):
+        for writer in self._writers_of(read):
             if writer not in ignore and start < writer < end:
                 return writer
         return None
 
     def any(self, read: Node) -> Node | None:
         """A node anywhere that writes the memory of `read`, or None."""
-        return next(iter(self._by_storage.get(storage(read), ())), None)
+        return next(self._writers_of(read), None)
 
+    def _writers_of(self, read: Node) -> Iterator[Node]:
+        return (n for n in self._writers.get(storage(read), ()) if not n._erased)
 
-def readers(graph: Graph, memory: Node) -> Iterator[Node]:
-    """Every node that takes an argument in the memory of `memory`."""
-    key = storage(memory)
-    for node in graph.nodes:
-        if any(storage(n) == key for n in node.all_input_nodes):
-            yield node
+    def first(self, value: torch.Tensor) -> Node | None:
+        """The first node that holds the memory of a value, of those that were looked for."""
+        held = self._holders.get(_key(value), ())
+        return min((n for n in held if not n._erased), default=None)
+
+    def holders(self, memory: Node) -> list[Node]:
+        """Every node whose value lies in the memory of `memory`, in the graph's order."""
+        self.look()
+        return sorted(n for n in self._holders.get(storage(memory), ()) if not n._erased)
+
+    def readers(self, memory: Node) -> list[Node]:
+        """Every node that takes an argument in the memory of `memory`, in the graph's order."""
+        return sorted({user for holder in self.holders(memory) for user in holder.users})
 
 
 def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -> Node:
@@ -252,21 +306,20 @@ def _decompositions(tensors: list[FakeTensor]) -> contextlib.AbstractContextMana
     return enable_python_dispatcher() if symbolic else contextlib.nullcontext()
 
 
-def refresh_values(graph: Graph, changed: set[Node], stale: Iterable[Node] = ()) -> None:
-    """Recompute fake values of `stale` nodes and downstream of `changed`, as far as strides or aliasing differ.
+def refresh_values(memory: Memory, stale: Iterable[Node] = ()) -> None:
+    """Recompute fake values of `stale` nodes and downstream of added ones, as far as strides or aliasing differ.
 
     Shapes and dtypes never change by a rewrite. Values that are no tensors (sizes, `.item()` symbols) stay: computing
     them again would make new symbols.
     """
-    owners: dict[int, Node] = {}
-    for node in graph.nodes:
-        owners.setdefault(storage(node), node)
-    stale = set(stale)
-    for node in graph.nodes:
-        if node in changed or not (
-            node in stale or any(n in changed for n in node.all_input_nodes)
-        ):
-            continue
+    memory.look()
+    changed, memory.added = memory.added, set()
+    waiting = {n for n in stale if not n._erased}.union(*(n.users for n in changed)) - changed
+    touched = changed | waiting  # what these hold or write may be other memory
+    order = list(waiting)
+    heapq.heapify(order)
+    while order:
+        node = heapq.heappop(order)
         if not _recomputable(node):
             continue
         before = node.meta["example_value"]
@@ -274,18 +327,23 @@ def refresh_values(graph: Graph, changed: set[Node], stale: Iterable[Node] = ())
         fresh = isinstance(before, torch.Tensor) and not _aliases_input(node)
         if (
             fresh
-            and owners.get(_key(before)) is node
+            and memory.first(before) is node
             and same_shape(before.stride(), val(node).stride())
         ):
             node.meta["example_value"] = before
-        else:
-            changed.add(node)
+            continue
+        for user in node.users:
+            if user not in touched:
+                touched.add(user)
+                heapq.heappush(order, user)
+    memory.update(touched)
 
 
 def drop_dead_code(graph: Graph) -> None:
     """Erase what nobody reads; what writes memory, or is no tensor and may have an effect, stays."""
     graph.eliminate_dead_code(
-        is_impure_node=lambda n: bool(written_by(n)) or n.is_impure() or val(n) is None
+        # What has readers stays anyway, and is not asked.
+        is_impure_node=lambda n: bool(n.users or written_by(n)) or n.is_impure() or val(n) is None
     )
 
 
@@ -297,6 +355,18 @@ def _recomputable(node: Node) -> bool:
     value = node.meta.get("example_value")
     values = value if isinstance(value, (tuple, list)) else (value,)
     return bool(values) and all(isinstance(v, torch.Tensor) for v in values)
+
+
+def _same_layout(a: Node, b: Node) -> bool:
+    if storage(a) is None or storage(b) is None:
+        return False
+    a, b = val(a), val(b)
+    return (
+        (a.dtype, a.device, type(a)) == (b.dtype, b.device, type(b))
+        and same_shape(a.shape, b.shape)
+        and same_shape(a.stride(), b.stride())
+        and same_size(a.storage_offset(), b.storage_offset())
+    )
 
 
 def _aliases_input(node: Node) -> bool:
@@ -322,7 +392,7 @@ def is_stored(node: Any) -> bool:
     return is_input(node) and (node.op == "get_attr" or node.meta.get("stored", False))
 
 
-def read_ahead(writes: Writes, *weights: Node | None) -> str | None:
+def read_ahead(memory: Memory, *weights: Node | None) -> str | None:
     """Why operands may not be read as weights are on a GPU: before the kernel in front has finished.
 
     Under programmatic dependent launch our kernels request weights while their predecessor still runs, which is
@@ -333,7 +403,7 @@ def read_ahead(writes: Writes, *weights: Node | None) -> str | None:
             continue
         if not is_stored(weight):
             return f"{weight.name} is no parameter or buffer"
-        if (writer := writes.any(weight)) is not None:
+        if (writer := memory.any(weight)) is not None:
             return f"{weight.name} is written in place by {writer.name}"
     return None
 

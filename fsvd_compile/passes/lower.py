@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from fsvd_compile.kernels import attention_aten, decode_attention_aten, rope_append_aten
 from fsvd_compile.kernels.expand import activated
 from fsvd_compile.kernels.shrink import normed
-from fsvd_compile.passes.graph import emit, is_static, refresh_values, shape, tokens, val
+from fsvd_compile.passes.graph import Memory, emit, is_static, refresh_values, shape, tokens, val
 from fsvd_compile.passes.lowrank import own_memory
 from fsvd_compile.passes.ops import (
     Attention,
@@ -35,7 +35,7 @@ def lower(graph: Graph, context: Context) -> int:
     """Replace every fused op that runs as ATen; returns how many. Ops of symbolic token count stay: they choose
     at run time by the same table."""
     parts: dict[Node, list[tuple[int, Node]]] = {}
-    before = set(graph.nodes)
+    memory = Memory(graph)
     lowered = 0
     for node in list(graph.nodes):
         if node._erased or not runs_as_aten(node, context):
@@ -55,7 +55,7 @@ def lower(graph: Graph, context: Context) -> int:
             value = emit(graph, node, node, gemv, given["input"], given["weight"], given["bias"])
             node.replace_all_uses_with(value)
             graph.erase_node(node)
-    refresh_values(graph, {n for n in graph.nodes if n not in before})
+    refresh_values(memory)
     graph.lint()
     return lowered
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fsvd_compile.passes.graph import (
-    Writes,
+    Memory,
     emit,
     is_plain,
     is_static,
@@ -54,7 +54,7 @@ def chain_guard(match: Match, context: Context) -> str | None:
     if rank * (in_features + out_features) >= in_features * out_features:
         return f"rank {rank} is not below break-even for {in_features} -> {out_features}"
     if context.device == "cuda":
-        return read_ahead(match.writes, v, u, match["vb"], match["ub"])
+        return read_ahead(match.memory, v, u, match["vb"], match["ub"])
     return None
 
 
@@ -107,22 +107,22 @@ def dense_siblings(graph: Graph) -> Iterator[Match]:
 
 
 def _groups(graph: Graph) -> Iterator[tuple[list[_Sibling], Node]]:
-    writes = Writes(graph)
+    memory = Memory(graph)
     for x in list(graph.nodes):
         members = [m for user in x.users if (m := _sibling(user, x)) is not None]
         members.sort(key=lambda m: m.first)
-        for group in _unwritten_between(x, members, writes):
+        for group in _unwritten_between(x, members, memory):
             if len(group) > 1:
                 yield group, x
 
 
 def _unwritten_between(
-    x: Node, members: list[_Sibling], writes: Writes
+    x: Node, members: list[_Sibling], memory: Memory
 ) -> Iterator[list[_Sibling]]:
     """Runs of members that see the same x; after a write in place it is another value."""
     group: list[_Sibling] = []
     for member in members:
-        if group and writes.between(x, group[0].first, member.last):
+        if group and memory.between(x, group[0].first, member.last):
             yield group
             group = []
         group.append(member)
@@ -150,11 +150,11 @@ def _sibling(user: Node, x: Node) -> _Sibling | None:
 def siblings_guard(match: Match, context: Context) -> str | None:
     """One launch reads all first factors and one all second factors: the bytes stay, two kernels per
     further sibling go. Costs nothing where ops are lowered to ATen: there the group falls apart again."""
-    x, members, writes = match["x"], match["members"], match.writes
+    x, members, memory = match["x"], match["members"], match.memory
     first = match.root
     end = max(m.last for m in members)
     for node in (x, *(o for m in members for o in m.operands)):
-        writer = writes.between(node, first, end)
+        writer = memory.between(node, first, end)
         if writer is not None:
             return f"{node.name} is written in place by {writer.name}"
     for member in members:
@@ -167,10 +167,10 @@ def siblings_guard(match: Match, context: Context) -> str | None:
             return f"{member.first.name} has another dtype"
         if not is_bias(member.v_bias, member.v):
             return f"bias of shape {shape(member.v_bias)} is broadcast along rows"
-        writer = writes.any(member.last)
+        writer = memory.any(member.last)
         if writer is not None:
             return f"{member.last.name} is written in place by {writer.name}"
-        if context.device == "cuda" and (reason := read_ahead(writes, *member.operands)):
+        if context.device == "cuda" and (reason := read_ahead(memory, *member.operands)):
             return reason
     return None
 

@@ -35,7 +35,9 @@ def _find_in_place(graph: Graph) -> Iterator[Match]:
             continue
         target = node.args[0]
         key = storage(target)
-        if key is None or storage(node) != key or any(is_input(n) for n in _aliases(graph, key)):
+        if key is None or is_input(target) or storage(node) != key:
+            continue
+        if any(is_input(n) for n in _aliases(graph, key)):
             continue
         if any(user > node for alias in _other_aliases(graph, node) for user in alias.users):
             continue

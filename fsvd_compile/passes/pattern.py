@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from fsvd_compile.passes.graph import Writes
+from fsvd_compile.passes.graph import Memory
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 
 COMMUTATIVE = ("add", "mul")
@@ -28,14 +28,14 @@ class Match:
         bound: Values by name.
         interior: The operations in between, which disappear.
         also: Further operations whose results are replaced; unlike the interior they may have any readers.
-        writes: Who writes which memory in the graph; the runner fills it in for the guard.
+        memory: Who holds and writes which memory in the graph; the runner fills it in for the guard.
     """
 
     root: Node
     bound: dict[str, Any] = dataclasses.field(default_factory=dict)
     interior: list[Node] = dataclasses.field(default_factory=list)
     also: tuple[Node, ...] = ()
-    writes: Writes | None = None
+    memory: Memory | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]

@@ -16,7 +16,7 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fsvd_compile.passes.graph import Writes, drop_dead_code, is_plain, refresh_values, val
+from fsvd_compile.passes.graph import Memory, drop_dead_code, is_plain, refresh_values, val
 from fsvd_compile.passes.pattern import Match, Pattern
 from fsvd_compile.passes.vocabulary import kind_of
 
@@ -85,10 +85,11 @@ class Outcome:
 def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Outcome]:
     """Apply rewrites in order; returns one `Outcome` each. The graph stays valid after every rewrite."""
     outcomes = []
+    memory = Memory(graph)
     for rewrite in rewrites:
         started = time.perf_counter()
         outcome = Outcome(rewrite.name)
-        while _apply(rewrite, graph, context, outcome) and rewrite.repeat:
+        while _apply(rewrite, graph, context, memory, outcome) and rewrite.repeat:
             pass
         outcome.seconds = time.perf_counter() - started
         outcomes.append(outcome)
@@ -98,37 +99,38 @@ def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Out
     return outcomes
 
 
-def _apply(rewrite: Rewrite, graph: Graph, context: Context, outcome: Outcome) -> int:
-    writes = Writes(graph)
+def _apply(
+    rewrite: Rewrite, graph: Graph, context: Context, memory: Memory, outcome: Outcome
+) -> int:
     count = 0
     outcome.misses.clear()
-    before = set(graph.nodes)
     moved: set[Node] = set()  # read another value than before, perhaps one with other memory
     for match in rewrite.matches(graph):
         if match.root._erased or any(n._erased for n in match.interior):
             continue
-        match.writes = writes
-        reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, writes)
+        match.memory = memory
+        reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, memory)
         reason = reason or rewrite.guard(match, context)
         if reason is not None:
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
             continue
         value = rewrite.replace(match, graph)
-        written = any(writes.any(node) for node in (match.root, *match.also, value))
+        written = any(memory.any(node) for node in (match.root, *match.also, value))
         if value is not None:
-            moved.update(match.root.users)
-            match.root.replace_all_uses_with(
-                value, delete_user_cb=lambda user, v=value: user is not v
-            )
+            others = set(value.users)  # to which the replacement itself has handed it
+            readers = [user for user in match.root.users if user is not value]
+            match.root.replace_all_uses_with(value, lambda user, v=value: user is not v)
+            if others or not memory.stands_in(value, match.root):
+                moved.update(readers)
         _erase(graph, match)
         count += 1
         if written:  # the next match must find those writes under the memory of the new values
-            refresh_values(graph, {n for n in graph.nodes if n not in before}, moved)
-            writes = Writes(graph)
+            refresh_values(memory, moved)
+            moved.clear()
     if count:
         drop_dead_code(graph)  # what nobody reads any more would pass for a second reader
-        refresh_values(graph, {n for n in graph.nodes if n not in before}, moved)
+        refresh_values(memory, moved)
     outcome.matches += count
     return count
 
@@ -164,12 +166,12 @@ def no_plain_tensor(match: Match) -> str | None:
     return None
 
 
-def moved_past_write(match: Match, writes: Writes) -> str | None:
+def moved_past_write(match: Match, memory: Memory) -> str | None:
     """An operand read at an interior operation is read at the root instead: no write may lie between."""
     replaced = (*match.interior, *match.also)
     for node in replaced:
         for operand in node.all_input_nodes:
-            writer = writes.between(operand, node, match.root, but=replaced)
+            writer = memory.between(operand, node, match.root, but=replaced)
             if writer is not None:
                 return f"{operand.name} is written in place by {writer.name} before it is read"
     return None

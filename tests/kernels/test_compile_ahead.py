@@ -16,12 +16,12 @@ pytest.importorskip("triton.backends.nvidia")
 HERE = Path(__file__).parent
 
 
-def compiled(*arguments: str) -> list[dict]:
-    """The lines of compile_ahead.py, run without the interpreter."""
+def compiled(*arguments: str, script: str = "compile_ahead.py") -> list[dict]:
+    """The lines of a script beside this file, run without the interpreter."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), env.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, HERE / "compile_ahead.py", *arguments],
+        [sys.executable, HERE / script, *arguments],
         capture_output=True,
         text=True,
         env=env,
@@ -104,3 +104,20 @@ def test_ampere():
 def assert_no_spills(kernel: dict) -> None:
     """Spills live on the stack. A few bytes of it are no loop's spill; a weight stream has none."""
     assert kernel["stack"] <= (0 if kernel["kernel"] == "_gemv" else 16), f"spills: {kernel}"
+
+
+def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
+    (line,) = compiled(script="check_ahead.py")
+    # Two of decode attention: in a capture it reads ahead. The odd address of a weight makes no `_gemv` of its own,
+    # ranks that are no multiple of 8 do.
+    assert sorted(line["ahead"]) == [
+        "_attention",
+        "_combine",
+        "_decode_attention",
+        "_decode_attention",
+        "_gemv",
+        "_gemv",
+        "_gemv",
+        "_rope_append",
+    ]
+    assert not line["later"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from fsvd_compile.passes import PIPELINE, Context, Rewrite, run
 from fsvd_compile.passes.graph import (
-    Writes,
+    Memory,
     emit,
     is_transpose,
     reaches_output,
@@ -258,12 +258,12 @@ def test_writes_between():
     graph = traced(fn, torch.randn(3, 3))
     x = next(n for n in graph.nodes if n.op == "placeholder")
     sin, _, add_, cos, mul_ = calls(graph)
-    writes = Writes(graph)
-    assert writes.between(x, sin, cos) is add_
-    assert writes.between(x, add_, cos) is None and writes.between(x, sin, add_) is None
-    assert writes.between(x, cos, graph.output_node()) is mul_
-    assert writes.between(x, sin, cos, but=[add_]) is None
-    assert writes.between(sin, x, graph.output_node()) is None
+    memory = Memory(graph)
+    assert memory.between(x, sin, cos) is add_
+    assert memory.between(x, add_, cos) is None and memory.between(x, sin, add_) is None
+    assert memory.between(x, cos, graph.output_node()) is mul_
+    assert memory.between(x, sin, cos, but=[add_]) is None
+    assert memory.between(sin, x, graph.output_node()) is None
 
 
 def test_inputs_of_one_storage_are_one_memory():
