@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+# Processes side by side share the cores: a pool of threads in each only waits for the others. Set before torch is
+# imported, for the processes that tests start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import pytest
 import torch
 
@@ -23,6 +29,14 @@ def _fresh():
     torch.manual_seed(42)
     # Dynamo reuses code for another instance of the same module; every test counts its own graphs.
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """AOTAutograd without Inductor: the same rewrites, pieces and mutations, seconds less to compile."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("fsvd_compile.backend._inductor", lambda config: aot_eager)
 
 
 @pytest.fixture

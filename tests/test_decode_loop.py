@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
-from torch._dynamo.backends.debugging import aot_eager
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -16,7 +15,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from fsvd_compile import backend, generate
+from fsvd_compile import generate
 from fsvd_compile.generate import decode_loop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -53,7 +52,7 @@ class Stream(BaseStreamer):
 @pytest.fixture(params=DEVICES)
 def model(request, monkeypatch):
     if request.param == "cpu":  # seconds less; the loop does not care for what runs the graph
-        monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+        request.getfixturevalue("cheap")
     return zoo.factorized("llama").to(request.param)
 
 

@@ -6,15 +6,11 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 
 import fsvd_compile
-from fsvd_compile import LowRankLinear, backend
+from fsvd_compile import LowRankLinear
 
-
-@pytest.fixture(autouse=True)
-def cheap(monkeypatch):
-    monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+pytestmark = pytest.mark.usefixtures("cheap")
 
 
 def test_decode_of_a_llama():

@@ -9,15 +9,11 @@ import torch
 import zoo
 from harness import assert_close
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 
-from fsvd_compile import LowRankLinear, backend
+from fsvd_compile import LowRankLinear
 from fsvd_compile.report import collect
 
-
-@pytest.fixture(autouse=True)
-def cheap(monkeypatch):
-    monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+pytestmark = pytest.mark.usefixtures("cheap")
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "layers"])

@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 import zoo
-from torch._dynamo.backends.debugging import aot_eager
 from transformers import (
     DynamicCache,
     FalconConfig,
@@ -21,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from fsvd_compile import backend, factorize, kept_cache
+from fsvd_compile import factorize, kept_cache
 from fsvd_compile.generate import decode_loop
 from fsvd_compile.report import collect
 
@@ -31,7 +30,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(params=DEVICES)
 def model(request, monkeypatch):
     if request.param == "cpu":
-        monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
+        request.getfixturevalue("cheap")
         # What is decided by memory and speed of a GPU only.
         monkeypatch.setattr(kept_cache, "_static_pays", lambda model: not is_alibi(model))
         monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)

@@ -9,9 +9,8 @@ import torch
 import zoo
 from decoding import DECODERS, check_decoder, dynamic, run, static
 from harness import assert_close
-from torch._dynamo.backends.debugging import aot_eager
 
-from fsvd_compile import LowRankLinear, backend
+from fsvd_compile import LowRankLinear
 from fsvd_compile.report import collect
 
 # Matches per graph for two layers: (prompt, decode). The same for every spelling of a factorized linear.
@@ -27,6 +26,7 @@ EXPECTED = {
     "gemma2": {k: v for k, v in LLAMA.items() if k != "residual"} | {"rope_append": 2},
     "gpt2": GPT2 | {"attention": 2},
 }
+ROTATED = [(name, list(zoo.SPELLINGS)[i % 3]) for i, name in enumerate(DECODERS)]
 COUNTED = (
     "lowrank_chain",
     "siblings",
@@ -40,12 +40,6 @@ COUNTED = (
 )
 
 
-@pytest.fixture
-def cheap(monkeypatch):
-    """AOTAutograd without Inductor: the same rewrites, pieces and mutations, seconds less to compile."""
-    monkeypatch.setattr(backend, "_inductor", lambda config: aot_eager)
-
-
 def joined(matches: dict[str, int]) -> dict[str, int]:
     """What a decode graph has beyond a prompt's: appends joined with the attention behind them."""
     both = min(matches.get("rope_append", 0), matches.get("attention", 0))
@@ -56,8 +50,12 @@ def counted(report) -> dict[str, int]:
     return {name: n for name, n in report.matches.items() if name in COUNTED}
 
 
-@pytest.mark.parametrize("spelling", zoo.SPELLINGS)
-@pytest.mark.parametrize("name", [n for n in DECODERS if n != "opt"])
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    # Every spelling of two models, one of the others: what a spelling becomes does not depend on what is around it.
+    [(name, s) for name in ("llama", "gpt2") for s in zoo.SPELLINGS]
+    + [(name, s) for name, s in ROTATED if name in ("mistral", "qwen2", "qwen3", "gemma2")],
+)
 def test_decoder_static_cache(cheap, name, spelling):
     reports = check_decoder(name, spelling, static)
     expected = [EXPECTED[name], joined(EXPECTED[name])]
@@ -72,9 +70,6 @@ def test_decoder_static_cache(cheap, name, spelling):
     assert [counted(r) for r in reports] == expected
 
 
-ROTATED = [(name, list(zoo.SPELLINGS)[i % 3]) for i, name in enumerate(DECODERS)]
-
-
 @pytest.mark.parametrize(("name", "spelling"), ROTATED)
 def test_decoder_dynamic_cache(cheap, name, spelling):
     reports = check_decoder(name, spelling, dynamic, steps=6)
@@ -84,56 +79,6 @@ def test_decoder_dynamic_cache(cheap, name, spelling):
     chains = expected["lowrank_chain"]
     assert [counted(r)["lowrank_chain"] for r in reports] == [chains] * len(reports)
     assert all(counted(r).get("residual", 0) == expected.get("residual", 0) for r in reports)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "spelling"), ROTATED)
-def test_decoder_through_inductor(name, spelling):
-    check_decoder(name, spelling, dynamic if name == "opt" else static)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_ops_kept_through_inductor(name):
-    """What a GPU runs in decode: our ops inside Inductor's graph, caches written through a mutating op."""
-    check_decoder(name, "sequential", static, options={"kernels": "ops"})
-
-
-def test_one_token_on_a_cpu_reads_weights_by_rows():
-    """Batch 1: every linear of the decode graph is a loop of Inductor's; attention is the one library call."""
-    prompt, decode = check_decoder("qwen2", "foreign", static, batch=1)
-    assert decode.layers == [1, 2, 1]
-    assert [k["library calls"] for k in decode.kernels] == [0, 1, 0]
-    assert all(k["library calls"] > 0 for k in prompt.kernels[1:])
-
-
-OPS = ("shrink", "expand", "rope_append", "attention", "decode_attention")
-
-
-@pytest.fixture
-def triton_on_cpu():
-    """Our ops run their Triton kernels on CPU tensors, through Triton's interpreter."""
-    from fsvd_compile import kernels
-
-    library = torch.library.Library("fsvd", "IMPL")
-    for op in OPS:
-        library.impl(op, getattr(kernels, f"{op}_triton"), "CPU", allow_override=True)
-    yield
-    library._destroy()
-    # Destroying an override leaves the op without a CPU implementation; put the plain one back.
-    restored = torch.library.Library("fsvd", "IMPL")
-    for op in OPS:
-        restored.impl(op, getattr(kernels, f"{op}_aten"), "CPU", allow_override=True)
-    triton_on_cpu.kept = restored
-
-
-@pytest.mark.interpret
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_triton_kernels_in_a_whole_model(cheap, triton_on_cpu, name):
-    check_decoder(name, "sequential", static, steps=3, options={"kernels": "ops"})
 
 
 @pytest.mark.parametrize("spelling", zoo.SPELLINGS)
@@ -194,7 +139,7 @@ def test_many_prompt_lengths_and_batches(cheap):
     assert counted(reports[-1]) == LLAMA | {"attention": 2}
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mlp"])
 def test_dynamic_from_the_first_call(cheap, name):
     """`dynamic=True` makes inputs of a model's floats, too: an epsilon is fixed where a norm is fused."""
     model = zoo.factorized(name)
@@ -206,13 +151,13 @@ def test_dynamic_from_the_first_call(cheap, name):
                 x, more = torch.randn(batch, length, next(model.parameters()).shape[1]), {}
             else:
                 x = torch.randint(1, 97, (batch, length))
-                more = {} if name == "bert" else {"use_cache": False}
+                more = {"use_cache": False}
             expected, actual = model(x, **more), compiled(x, **more)
             if name != "mlp":
                 expected, actual = expected[0], actual[0]
             assert_close(f"{name} {batch}x{length}", actual, expected, 1e-5)
     assert reports[0].phase == "any" and reports[0].matches["lowrank_chain"]
-    assert name == "bert" or reports[0].matches["norm_prologue"]
+    assert reports[0].matches["norm_prologue"]
 
 
 def test_an_epsilon_read_from_a_tensor_is_left_alone(cheap):

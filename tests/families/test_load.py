@@ -115,7 +115,7 @@ def saves(module):
     return module.rank * (m + n) < m * n
 
 
-def test_a_loaded_model_compiles(tmp_path):
+def test_a_loaded_model_compiles(cheap, tmp_path):
     made = checkpoints.GENERATORS["svd-llm-llama-pickle"](tmp_path)
     model = families.load(made.path, dtype=torch.float32).requires_grad_(False)
     compiled = torch.compile(model, backend="flashsvd")

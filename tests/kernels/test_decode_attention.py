@@ -68,10 +68,9 @@ def test_aten(dtype, mask, shape):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("mask", ONE_TOKEN)
-@pytest.mark.parametrize("splits", (1, 3))
-@pytest.mark.parametrize("heads", (2, 6))
+@pytest.mark.parametrize(("heads", "splits"), [(2, 1), (6, 3)])
 def test_triton_masks(heads, splits, mask, poisoned):
-    args = case((2, heads, 2, 200, 16, 16), mask)
+    args = case((2, heads, 2, 150, 16, 16), mask)
     check(lambda *a: decode_attention_triton(*a, splits=splits), args, 2e-6)
 
 
@@ -85,7 +84,7 @@ def test_triton(interpreted_dtype, shape, poisoned):
 @pytest.mark.interpret
 @pytest.mark.parametrize("position", (0, 63, 64, 65, 129))
 @pytest.mark.parametrize("mask", ("none", "causal", "beyond"))
-@pytest.mark.parametrize("splits", (1, 2, 3))
+@pytest.mark.parametrize("splits", (1, 3))
 def test_positions(splits, mask, position, poisoned):
     """First and last rows of blocks; a mask may show what the position does not promise."""
     args = list(case((1, 4, 2, 130, 16, 16), "none", position=position))
