@@ -19,28 +19,32 @@ import sys
 import torch
 
 from fsvd_compile import bench
-from fsvd_compile.kernels import _tuning, decode_attention_triton, expand_triton, shrink_triton
-from fsvd_compile.kernels._triton import next_power_of_2
-from fsvd_compile.kernels._tuning import AttentionTile, Tile
+from fsvd_compile.bench import tune
+from fsvd_compile.kernels import (
+    _stream,
+    _tuning,
+    decode_attention_triton,
+    expand_triton,
+    shrink_triton,
+)
+from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
 HIDDEN, INNER, HEADS, HEAD = 4096, 11008, 32, 128  # LLaMA-7B
 ATTENTION, MLP = 1024, 1488  # its ranks at keep 0.5, multiples of 16
 CONTEXT, CACHE = 512, 1024
-# Every kernel of a layer: what `_tuning` is asked for it (op, K, rows, gated), the tile to begin with.
+# Every linear of a layer: what `_tuning` is asked for it.
 LINEARS = {
-    "qkv shrink": (("shrink", HIDDEN, 3 * ATTENTION, False), (8, 16)),
-    "qkv expand": (("expand", ATTENTION, 3 * HIDDEN, False), (8, 8)),
-    "o shrink": (("shrink", HIDDEN, ATTENTION, False), (4, 8)),
-    "o expand": (("expand", ATTENTION, HIDDEN, False), (2, 4)),
-    "gate-up shrink": (("shrink", HIDDEN, 2 * MLP, False), (8, 16)),
-    "gate-up expand": (("expand", MLP, INNER, True), (2, 2)),
-    "down shrink": (("shrink", INNER, MLP, False), (2, 8)),
-    "down expand": (("expand", MLP, HIDDEN, False), (2, 1)),
+    "qkv shrink": ("shrink", HIDDEN, 3 * ATTENTION, False),
+    "qkv expand": ("expand", ATTENTION, 3 * HIDDEN, False),
+    "o shrink": ("shrink", HIDDEN, ATTENTION, False),
+    "o expand": ("expand", ATTENTION, HIDDEN, False),
+    "gate-up shrink": ("shrink", HIDDEN, 2 * MLP, False),
+    "gate-up expand": ("expand", MLP, INNER, True),
+    "down shrink": ("shrink", INNER, MLP, False),
+    "down expand": ("expand", MLP, HIDDEN, False),
 }
-ASKED = {asked: name for name, (asked, _) in LINEARS.items()}
-tiles: dict[str, tuple] = {name: tile for name, (_, tile) in LINEARS.items()} | {
-    "attention": (16, 12, 2)
-}
+NAMES = (*LINEARS, "attention")
+tiles: dict[str, tuple] = {"attention": (32, 8, 4)}  # the rule's
 
 
 def main() -> None:
@@ -55,14 +59,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("tune_layer: tiles are timed on a GPU and there is none.")
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.map(compile_one, [(n, c) for n in tiles for c in candidates(n)], chunksize=1)
+        pool.map(compile_one, [(n, c) for n in NAMES for c in candidates(n)], chunksize=1)
+    begin()
     serve()
     layers = [Layer() for _ in range(args.layers)]
     best, tried = layer_us(layers), []
     print(
         f"at first {best:.2f} us a layer, linears alone {layer_us(layers, False):.2f}", flush=True
     )
-    for _, name in itertools.product(range(args.passes), tiles):
+    for _, name in itertools.product(range(args.passes), NAMES):
         before, times = tiles[name], {}
         for candidate in candidates(name):
             tiles[name] = candidate
@@ -91,22 +96,34 @@ def main() -> None:
             )
 
 
+def asked(name: str) -> Launch:
+    """What `_tuning` is asked for a linear, on this GPU."""
+    op, k, rows, gated = LINEARS[name]
+    x, w = (torch.empty(n, k, device="cuda", dtype=torch.bfloat16) for n in (1, rows))
+    kernel = "stream" if _stream.takes(op, x, [w], "row") else "gemv"
+    norm = name in ("qkv shrink", "gate-up shrink")
+    return Launch(op, kernel, k, rows, 1, 2, "row", gated, norm=norm)
+
+
+def begin() -> None:
+    """The tiles as they are now."""
+    for name in LINEARS:
+        tiles[name] = _tuning._linear_tile(asked(name), torch.device("cuda", 0))
+
+
 def candidates(name: str) -> list[tuple]:
-    """(rows, warps) of a linear with 32 to 256 bytes of weight a thread; (rows, splits, warps) of attention."""
+    """Tiles of a linear; (rows, splits, warps) of attention."""
     if name == "attention":
         return list(itertools.product((16, 32), (6, 8, 12, 16), (2, 4)))
-    _, k, _, gated = LINEARS[name][0]
-    row = 2 * next_power_of_2(k) * (2 if gated else 1)
-    pairs = itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))
-    return [(r, w) for r, w in pairs if 32 <= r * row / (32 * w) <= 256]
+    return tune.candidates(asked(name))
 
 
 def serve() -> None:
     """Makes the launchers take `tiles`."""
+    names = {what: name for name, what in LINEARS.items()}
 
     def linear_tile(launch, device):
-        block_r, num_warps = tiles[ASKED[launch.op, launch.k, launch.rows, launch.gated]]
-        return Tile(block_r, next_power_of_2(launch.k), num_warps)
+        return tiles[names[launch.op, launch.k, launch.rows, launch.gated]]
 
     def attention_tile(**_):
         block_n, splits, num_warps = tiles["attention"]
@@ -117,6 +134,7 @@ def serve() -> None:
 
 def compile_one(job: tuple[str, tuple]) -> None:
     """Leaves a candidate in Triton's cache on disk."""
+    begin()
     serve()
     tiles[job[0]] = job[1]
     Layer()(torch.randn(1, 1, HIDDEN, device="cuda", dtype=torch.bfloat16))

@@ -34,6 +34,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 ERRORS = {2: 4e-3, 4: 1e-5}  # relative RMS to fp32; rounding to bf16 alone is 2e-3
 # Bytes of weight a thread may request at once: 8 to 64 registers.
 THREAD_BYTES = range(32, _tuning.THREAD_BYTES + 1)
+# Elements of weight a program of `_stream` requests at once: 16 to 64 KB.
+STREAM = range(8 << 10, (32 << 10) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +174,15 @@ def candidates(launch: Launch) -> list[Tile]:
             for rows, warps in itertools.product((1, 2, 4, 8, 16), repeat=2)
             if rows * row // (32 * warps) in THREAD_BYTES
         ]
+    if launch.kernel == "stream":
+        tiles = [
+            Tile(rows, block_k, warps, 1, stages)
+            for rows, warps, block_k, stages in itertools.product(
+                (4, 8, 16), (4, 8), (256, 512, 1024), (1, 2, 3, 4, 6, 8)
+            )
+            if warps <= rows and stages <= _triton.cdiv(launch.k, block_k)
+        ]
+        return [t for t in tiles if both * t.num_stages * t.block_r * t.block_k in STREAM]
     return [
         Tile(rows, block_k, split, launch.block_m, stages, split)
         for rows, split, block_k, stages in itertools.product(
@@ -214,7 +225,7 @@ class Case:
         none = [None] * len(weights)
         how = {
             "pdl": _triton.supports_pdl(self.device),
-            "phase": Phase.DECODE if self.launch.kernel == "gemv" else Phase.FEW,
+            "phase": Phase.FEW if self.launch.kernel == "skinny" else Phase.DECODE,
         }
         if self.launch.op == "shrink":
             return shrink_triton(self.x, weights, none, **how)

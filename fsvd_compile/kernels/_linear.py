@@ -1,6 +1,6 @@
 """The kernels behind `fsvd::shrink` and `fsvd::expand`: several low-rank products in one launch.
 
-Both ops are block-diagonal linears, so they share two kernels and differ in what surrounds the
+Both ops are block-diagonal linears, so they share three kernels and differ in what surrounds the
 product: shrink has a norm in front and all blocks read the same x, expand has slices of z in front
 and bias, activation, gate and residual behind.
 
@@ -8,6 +8,8 @@ and bias, activation, gate and residual behind.
   masked to a power of two, before it looks at x; fp32 multiply and `tl.sum`. Longer K loops. RMSNorm
   is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read
   limit (see configs/sm90.json); bench/NOTES.md says where the rest is.
+* `_stream`, for one token on compute capability 9.0: the same product of weights that TMA brings into shared memory, a
+  warp to a row or a few. The eight linears: 83 %, a layer 61.3 us for 64.6.
 * programmatic dependent launch (USE_PDL): the next kernel may start when every program of this one
   has started. It requests its weights, which nobody writes, and then waits (`gdc_wait`) until this
   kernel is complete before it touches an activation or writes anything. Every kernel of this
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.kernels import _triton, _tuning
+from fsvd_compile.kernels import _stream, _triton, _tuning
 from fsvd_compile.kernels._gemv import _gemv
 from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
@@ -137,10 +139,13 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     if phase is Phase.DECODE and layout == "row" and norm[0] == "none":
         step, vector = _shifted(weights, align)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
+    kernel = "gemv" if phase is Phase.DECODE else "skinny"
+    if phase is Phase.DECODE and _stream.takes(op, x, weights, layout):
+        kernel = "stream"
     has_bias = any(b is not None for b in biases)
     launch = _tuning.Launch(
         op,
-        "gemv" if phase is Phase.DECODE else "skinny",
+        kernel,
         k,
         rows,
         m,
@@ -148,6 +153,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         layout,
         gated,
         vector,
+        norm[0] != "none",
     )
     tile = _tuning.linear_tile(launch, x.device)
     shared = {
@@ -184,7 +190,9 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     blocks = sum(
         cdiv(w.shape[0], tile.block_r * step) * step for w in (weights[:1] if gated else weights)
     )
-    if phase is Phase.DECODE:
+    if kernel == "stream":
+        _stream.launch(x, weights, shared, tile, blocks, pdl, norm)
+    elif phase is Phase.DECODE:
         kind, norm_w, norm_b, eps, norm_offset = norm
         _triton.launch(
             _gemv,

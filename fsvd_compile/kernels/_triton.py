@@ -136,9 +136,12 @@ class _Unread:
         return self._address
 
 
-def _unread(argument: Any) -> Any:
+def unread(argument: Any) -> Any:
+    """A kernel argument; inside `compiling_only` without its tensors."""
+    if not _compiling_only.get():
+        return argument
     if isinstance(argument, (tuple, list)):
-        return type(argument)(map(_unread, argument))
+        return type(argument)(map(unread, argument))
     return _Unread(argument) if isinstance(argument, torch.Tensor) else argument
 
 
@@ -149,8 +152,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, 
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if _compiling_only.get():
-            unread = {name: _unread(argument) for name, argument in kwargs.items()}
-            kernel.warmup(USE_PDL=pdl, grid=grid, **unread)
+            arguments = {name: unread(argument) for name, argument in kwargs.items()}
+            kernel.warmup(USE_PDL=pdl, grid=grid, **arguments)
         else:
             kernel[grid](USE_PDL=pdl, **kwargs)
 

@@ -14,12 +14,16 @@ from typing import NamedTuple
 
 import torch
 
-from fsvd_compile.kernels import _measured, _triton
+from fsvd_compile.kernels import _measured, _stream, _triton
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
-    """Block sizes of one launch: `block_m` tokens by `block_r` weight rows, `split` times `block_k` at a time."""
+    """Block sizes of one launch.
+
+    `block_m` tokens by `block_r` weight rows, `split` times `block_k` columns at a time, `num_stages` such blocks on
+    their way.
+    """
 
     block_r: int
     block_k: int
@@ -34,7 +38,7 @@ class Launch(NamedTuple):
 
     Attributes:
         op: "shrink" or "expand".
-        kernel: "gemv" or "skinny".
+        kernel: "gemv", "stream" or "skinny".
         k: Length of the longest weight row.
         rows: Weight rows; of gate alone when gated.
         tokens: M.
@@ -43,6 +47,7 @@ class Launch(NamedTuple):
         gated: Whether gate and up are multiplied.
         vector: Elements of a load where rows start anywhere between two multiples of 16 bytes (see
             `_linear`), else 1.
+        norm: Whether x is normalized first.
     """
 
     op: str
@@ -54,6 +59,7 @@ class Launch(NamedTuple):
     layout: str = "row"
     gated: bool = False
     vector: int = 1
+    norm: bool = False
 
     @property
     def block_k(self) -> int:
@@ -127,6 +133,11 @@ def _linear_tile(launch: Launch, device: torch.device) -> Tile:
         # A GPU of the same capability with less shared memory takes a shorter tile than was measured.
         found = (row[name] for name in _measured.TILES["skinny"])
         return _skinny(launch, *found, shared)
+    if launch.kernel == "stream":
+        if capability is not None:
+            row = _measured.nearest(launch, 1, capability)
+        found = None if row is None else [row[name] for name in _measured.TILES["stream"]]
+        return _stream_tile(launch, found, device)
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
     tokens = 1 if launch.gated and not whole else min(launch.tokens, 2)
@@ -152,6 +163,24 @@ def _gemv_rule(launch: Launch, tokens: int, sms: int) -> Tile:
     while block_r > 1 and cdiv(launch.rows, block_r) < 2 * sms:
         block_r //= 2
     return Tile(block_r, block_k, num_warps, tokens)
+
+
+def _stream_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
+    """The measured (rows, columns, warps, stages), or 48 KB of weights on their way a program, in what fits."""
+    if measured is None:
+        halves = 2 if launch.gated else 1
+        block_r = 8 if cdiv(launch.rows, 8) >= 2 * _triton.multiprocessors(device) else 4
+        block_r = block_r // halves if block_r == 8 else block_r
+        block_k = 512 if launch.k > 1024 else 256
+        measured = [block_r, block_k, 4, max(1, 48 * 1024 // (2 * block_r * block_k * halves))]
+    block_r, block_k, num_warps, stages = measured
+    stages = min(stages, cdiv(launch.k, block_k))
+    while stages > 1 and (
+        _stream.shared_bytes(launch.k, block_r, block_k, stages, launch.gated, launch.norm)
+        > _triton.shared_memory(device)
+    ):
+        stages -= 1
+    return Tile(block_r, block_k, num_warps, 1, stages)
 
 
 def _skinny_rule(launch: Launch, shared: int) -> Tile:

@@ -180,6 +180,7 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
             yield f"shrink-{count}-weights-m{t}", shrink(t, (256,) * count, 576)
             yield f"expand-{count}-weights-m{t}", expand(t, (576,) * count, (256,) * count)
     for t in (1, 2, 8):
+        yield f"shrink-stream-layer-m{t}", shrink(t, (512, 520), 4168, bias=True, norm="layer")
         yield f"shrink-layer-m{t}", shrink(t, (512,), 1280, bias=True, norm="layer")
         yield f"shrink-rms-no-weight-m{t}", shrink(t, (512,), 1280, norm="rms", norm_weight=False)
         yield f"shrink-odd-rank-m{t}", shrink(t, (819,), 1234, bias=True)
@@ -242,10 +243,10 @@ def order(text: str, letters: dict[str, str]) -> str:
 PTX_EVENTS = {
     "L": r"griddepcontrol\.launch_dependents",
     "W": r"griddepcontrol\.wait",
-    "R": r"ld\.global|cp\.async\.c[ag]",
+    "R": r"ld\.global|cp\.async\.(?:c[ag]|bulk\.tensor\S*\.global)",
     "S": r"st\.global",
 }
-SASS_EVENTS = {"L": r"PREEXIT", "W": r"ACQBULK", "R": r"LDG", "S": r"STG"}
+SASS_EVENTS = {"L": r"PREEXIT", "W": r"ACQBULK", "R": r"LDG|UTMALDG", "S": r"STG"}
 
 
 def main() -> None:
@@ -295,6 +296,7 @@ def main() -> None:
                 "order_sass": order(sass, SASS_EVENTS),
                 "early_loads": len(EARLY_LOAD.findall(ptx.split("griddepcontrol.wait")[0])),
                 "async_copies": ptx.count("cp.async.c"),
+                "bulk_copies": ptx.count("cp.async.bulk.tensor"),
                 "wide_loads": len(WIDE_LOAD.findall(ptx)),
                 "narrow_weight_loads": len(NARROW_WEIGHT_LOAD.findall(ptx)),
                 "tensor_cores": "mma" in ptx,

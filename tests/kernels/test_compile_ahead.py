@@ -39,6 +39,7 @@ def hopper() -> list[dict]:
 def test_hopper(hopper):
     assert {kernel["kernel"] for kernel in hopper} == {
         "_gemv",
+        "_stream",
         "_skinny",
         "_norm_rows",
         "_rope_append",
@@ -59,7 +60,7 @@ def test_dependent_launch_is_in_order(hopper):
     that are older than the step. The letters are explained in compile_ahead.order; the machine code is
     held to the same order as the PTX.
     """
-    ahead = ("_gemv", "_skinny", "_decode_attention")
+    ahead = ("_gemv", "_stream", "_skinny", "_decode_attention")
     for kernel in hopper:
         wanted = f"L{'R' if kernel['kernel'] in ahead else ''}W(RS)+"
         assert re.fullmatch(wanted, kernel["order_ptx"]), kernel
@@ -76,7 +77,9 @@ def test_dependent_launch_is_in_order(hopper):
 @pytest.mark.slow
 def test_loads_are_wide_and_products_on_tensor_cores(hopper):
     for kernel in hopper:
-        if kernel["case"].startswith("table-"):
+        if kernel["kernel"] == "_stream":
+            assert kernel["bulk_copies"] and not kernel["narrow_weight_loads"], kernel
+        elif kernel["case"].startswith("table-"):
             assert kernel["wide_loads"] >= 2, kernel
             assert kernel["narrow_weight_loads"] == 0, kernel
         if "expand-odd-ranks" in kernel["case"] and kernel["kernel"] == "_gemv":
@@ -102,8 +105,12 @@ def test_ampere():
 
 
 def assert_no_spills(kernel: dict) -> None:
-    """Spills live on the stack. A few bytes of it are no loop's spill; a weight stream has none."""
-    assert kernel["stack"] <= (0 if kernel["kernel"] == "_gemv" else 16), f"spills: {kernel}"
+    """Spills live on the stack. A few bytes of it are no loop's spill; a weight stream has none.
+
+    Triton 3.7.1 puts 136 bytes of the unrolled eleven blocks of down shrink there, 3.6 nothing.
+    """
+    most = {"_gemv": 0, "_stream": 136 if "down-shrink" in kernel["case"] else 0}
+    assert kernel["stack"] <= most.get(kernel["kernel"], 16), f"spills: {kernel}"
 
 
 def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
@@ -119,5 +126,6 @@ def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
         "_gemv",
         "_gemv",
         "_rope_append",
+        "_stream",
     ]
     assert not line["later"]

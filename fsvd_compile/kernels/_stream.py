@@ -1,0 +1,443 @@
+"""The streamed GEMV: one token times a few rows of a weight a program, weights in shared memory, see `_linear`.
+
+Tensor memory access (TMA) copies whole rows into shared memory without a register or a turn through L1, so more bytes
+are on their way than registers could hold and nothing is masked. Written in Gluon, Triton's language of explicit
+layouts, for compute capability 9.0; there is no interpreter for it, so it is tested on a GPU only.
+
+A row of K elements is seen as pieces of 64, 128 bytes each, which is what the copies take; what a block of pieces has
+too many comes as zeros. Where K is no multiple of 64 (TAIL) the last block is counted from the end of the row instead:
+it repeats columns of the block before, and x is 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fsvd_compile.kernels import _triton
+from fsvd_compile.kernels._triton import (
+    activate,
+    cdiv,
+    locate,
+    next_power_of_2,
+    pick_int,
+    pick_pointer,
+    pick_size,
+)
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6
+except (ImportError, AttributeError):  # no Triton, or one whose Gluon is another
+    gluon = None
+
+# A weight piece of one copy: its 128 bytes.
+PIECE = 64
+# Below these, of weight in a launch and of K of a shrink, a model waits for launches: not streamed, not measured.
+LEAST_BYTES = 2 << 20
+LEAST_HIDDEN = 1024
+
+
+def jit(fn):
+    """`gluon.jit`, or the function itself where there is no Gluon."""
+    return fn if gluon is None else gluon.jit(fn)
+
+
+def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
+    """Whether a product with one token goes through this kernel.
+
+    That is on compute capability 9.0, in bf16 and fp16, for weights whose rows are K-contiguous and multiples of 16
+    bytes. A chip divides its L1 and shared memory anew between kernels that want more of the one or of the other, and
+    waits for that: on an H200 one streamed linear among seven others costs a layer of LLaMA-7B 3 to 9 us
+    (bench/NOTES.md). So a shrink whose rank makes rows of other lengths behind it is not streamed either.
+    """
+    if gluon is None or _triton.interpreted() or _triton.capability(x.device) != (9, 0):
+        return False
+    return (
+        x.shape[0] == 1
+        and x.element_size() == 2
+        and (x.stride(1) == 1 or x.shape[1] == 1)
+        and layout == "row"
+        and sum(w.numel() for w in weights) * 2 >= LEAST_BYTES
+        and all(w.shape[1] % 8 == 0 and w.stride(0) % 8 == 0 for w in weights)
+        and min(w.shape[1] for w in weights) >= 4 * PIECE
+        and (
+            op == "expand"
+            or all(w.shape[0] % 8 == 0 and w.shape[1] >= LEAST_HIDDEN for w in weights)
+        )
+        and all(map(_triton.aligned, weights))
+    )
+
+
+def parts(pieces: int, whole: bool) -> tuple[int, int, int]:
+    """Powers of two, three at most, that together hold the blocks of a row of x; one that does if `whole`."""
+    found: list[int] = []
+    while pieces > 0 and len(found) < 3:
+        part = next_power_of_2(pieces)
+        if part > pieces and not whole and len(found) < 2:
+            part //= 2
+        found.append(part)
+        pieces -= part
+    return tuple((*found, 0, 0)[:3])
+
+
+def shared_bytes(k: int, block_r: int, block_k: int, stages: int, gated: bool, whole: bool) -> int:
+    """Shared memory of a program."""
+    blocks = cdiv(k, block_k)
+    own = 2 * block_k * (min(stages, blocks) * block_r + sum(parts(blocks, whole)))
+    return own * (2 if gated else 1) + 1024
+
+
+def launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    shared: dict,
+    tile,
+    blocks: int,
+    pdl: bool,
+    norm: tuple,
+) -> None:
+    """Launches the kernel with the arguments it shares with the others, see `_linear`."""
+    kind, norm_w, norm_b, eps, norm_offset = norm
+    longest, shortest = (most(w.shape[1] for w in weights) for most in (max, min))
+    tail = any(w.shape[1] % PIECE for w in weights)
+    block_k = tile.block_k
+    while tail and block_k > shortest:  # a block from the end of a row lies within it
+        block_k //= 2
+    pieces, count = block_k // PIECE, cdiv(longest, block_k)
+    smem = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    maps = [_map(w, tile.block_r, pieces, smem) for w in weights]
+    ends = [_map(w, tile.block_r, pieces, smem, from_end=True) for w in weights] if tail else maps
+    maps, ends = (m + m[:1] * (4 - len(m)) for m in (maps, ends))
+    first, second, third = parts(count, kind != "none")
+    taken = (
+        "X", "Y", "BIAS", "RES", "N", "NB", "KS", "OFFSETS", "stride_rn",
+        "COUNT", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
+    )  # fmt: skip
+    _triton.launch(
+        _stream,
+        (blocks,),
+        x.device,
+        pdl,
+        **{name: shared[name] for name in taken},
+        **{f"W{i}": m for i, m in enumerate(maps)},
+        **{f"E{i}": m for i, m in enumerate(ends)},
+        NORM_W=x if norm_w is None else norm_w,
+        NORM_B=x if norm_b is None else norm_b,
+        eps=float(eps),
+        norm_offset=float(norm_offset),
+        ALIGN=shared["ALIGN"],
+        BLOCK_R=tile.block_r,
+        PIECES=pieces,
+        NUM_K=count,
+        STAGES=min(tile.num_stages, count),
+        PART0=first,
+        PART1=second,
+        PART2=third,
+        TAIL=tail,
+        NORM=kind,
+        HAS_NORM_W=norm_w is not None,
+        HAS_NORM_B=norm_b is not None,
+        LAYOUT=gl.BlockedLayout([1, 1, 8], [1, 4, 8], [tile.num_warps, 1, 1], [2, 1, 0]),
+    )
+
+
+def _map(w: Tensor, block_r: int, pieces: int, layout, from_end: bool = False):
+    """A weight as rows of pieces of 64 elements, of those that lie whole in it from its first or up to its last."""
+    shape = [w.shape[0], w.shape[1] // PIECE, PIECE]
+    start = _triton.unread(w[:, w.shape[1] % PIECE :] if from_end else w)
+    return TensorDescriptor(start, shape, [w.stride(0), PIECE, 1], [block_r, pieces, PIECE], layout)
+
+
+@jit
+def _stream(
+    X,
+    Y,
+    W0,
+    W1,
+    W2,
+    W3,
+    E0,
+    E1,
+    E2,
+    E3,
+    BIAS,
+    RES,
+    NORM_W,
+    NORM_B,
+    N,
+    NB,
+    KS,
+    OFFSETS,
+    stride_rn,
+    eps,
+    norm_offset,
+    COUNT: gl.constexpr,
+    ALIGN: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    PIECES: gl.constexpr,
+    NUM_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART0: gl.constexpr,
+    PART1: gl.constexpr,
+    PART2: gl.constexpr,
+    TAIL: gl.constexpr,
+    NORM: gl.constexpr,
+    ACT: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RES: gl.constexpr,
+    HAS_NORM_W: gl.constexpr,
+    HAS_NORM_B: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    USE_PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    if USE_PDL:
+        gdc_launch_dependents()
+    which, row, column = locate(gl.program_id(0), N, 1, 1 if GATED else COUNT, BLOCK_R, 1)
+    n = pick_size(which, N, COUNT)
+    K = pick_size(which, KS, COUNT) * ALIGN
+    HALVES: gl.constexpr = 2 if GATED else 1
+    ring = gl.allocate_shared_memory(
+        X.dtype.element_ty, [STAGES * HALVES, BLOCK_R, PIECES, 64], W0.layout
+    )
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    K_up = K
+    if GATED:
+        K_up = gl.cast(KS[1], gl.int32) * ALIGN
+    maps = (W0, W1, W2, W3)
+    ends = (E0, E1, E2, E3)
+    for i in gl.static_range(STAGES):
+        _request(maps, ends, ring, bars, row, which, K, K_up, i, i, COUNT, GATED, TAIL)
+
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    OUT: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    rows = row + gl.arange(0, BLOCK_R, layout=OUT)
+    bias = gl.zeros([BLOCK_R], gl.float32, layout=OUT)
+    bias_up = bias
+    if HAS_BIAS:
+        some = rows < pick_size(which, NB, COUNT)
+        bias = gl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=some, other=0.0).to(gl.float32)
+        if GATED:
+            bias_up = gl.load(BIAS[1] + rows, mask=rows < NB[1], other=0.0).to(gl.float32)
+    SCATTERED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    kept0 = gl.allocate_shared_memory(X.dtype.element_ty, [PART0 * PIECES, 64], SCATTERED)
+    kept1 = kept0
+    kept2 = kept0
+    if PART1:
+        kept1 = gl.allocate_shared_memory(X.dtype.element_ty, [PART1 * PIECES, 64], SCATTERED)
+    if PART2:
+        kept2 = gl.allocate_shared_memory(X.dtype.element_ty, [PART2 * PIECES, 64], SCATTERED)
+    if GATED:
+        also0 = gl.allocate_shared_memory(X.dtype.element_ty, [PART0 * PIECES, 64], SCATTERED)
+        also1 = also0
+        also2 = also0
+        if PART1:
+            also1 = gl.allocate_shared_memory(X.dtype.element_ty, [PART1 * PIECES, 64], SCATTERED)
+        if PART2:
+            also2 = gl.allocate_shared_memory(X.dtype.element_ty, [PART2 * PIECES, 64], SCATTERED)
+    if HAS_NORM_W:
+        g = _row(NORM_W, 0, PART0, K, PIECES, ROWS, TAIL)
+    if HAS_NORM_B:
+        h = _row(NORM_B, 0, PART0, K, PIECES, ROWS, TAIL)
+
+    if USE_PDL:
+        gdc_wait()
+
+    # All that the kernel before may have written is requested at once, see `_gemv`.
+    x_at = X + pick_int(which, OFFSETS, COUNT)
+    x0 = _row(x_at, 0, PART0, K, PIECES, ROWS, TAIL)
+    if PART1:
+        x1 = _row(x_at, PART0, PART1, K, PIECES, ROWS, TAIL)
+    if PART2:
+        x2 = _row(x_at, PART0 + PART1, PART2, K, PIECES, ROWS, TAIL)
+    if GATED:
+        v_at = X + OFFSETS[1]
+        v0 = _row(v_at, 0, PART0, K_up, PIECES, ROWS, TAIL)
+        if PART1:
+            v1 = _row(v_at, PART0, PART1, K_up, PIECES, ROWS, TAIL)
+        if PART2:
+            v2 = _row(v_at, PART0 + PART1, PART2, K_up, PIECES, ROWS, TAIL)
+    res = gl.zeros([BLOCK_R], gl.float32, layout=OUT)
+    if HAS_RES:
+        res = gl.load(RES + (column + rows) * stride_rn, mask=rows < n, other=0.0).to(gl.float32)
+
+    if NORM != "none":
+        _, there = _columns(0, PART0, K, PIECES, ROWS, TAIL)
+        x = x0.to(gl.float32)
+        if NORM == "layer":
+            x = gl.where(there, x - gl.sum(gl.sum(x, axis=1), axis=0) / K, 0.0)
+        x *= gl.rsqrt(gl.sum(gl.sum(x * x, axis=1), axis=0) / K + gl.cast(eps, gl.float32))
+        if HAS_NORM_W:
+            scale = g.to(gl.float32)
+            if NORM == "rms":
+                scale += gl.cast(norm_offset, gl.float32)
+            x *= scale
+        if HAS_NORM_B:
+            x += h.to(gl.float32)
+        x0 = x.to(X.dtype.element_ty)
+    kept0.store(x0)
+    if PART1:
+        kept1.store(x1)
+    if PART2:
+        kept2.store(x2)
+    if GATED:
+        also0.store(v0)
+        if PART1:
+            also1.store(v1)
+        if PART2:
+            also2.store(v2)
+    barrier()
+
+    acc = _partial(ring, kept0, kept1, kept2, bars, 0, 0, PART0, PART1, LAYOUT, GATED, STAGES)
+    if GATED:
+        up = _partial(ring, also0, also1, also2, bars, 0, 1, PART0, PART1, LAYOUT, GATED, STAGES)
+    for i in gl.static_range(1, NUM_K):
+        if i - 1 + STAGES < NUM_K:
+            # Every warp has read what the next copy writes over.
+            barrier()
+            _request(
+                maps,
+                ends,
+                ring,
+                bars,
+                row,
+                which,
+                K,
+                K_up,
+                i - 1 + STAGES,
+                (i - 1) % STAGES,
+                COUNT,
+                GATED,
+                TAIL,
+            )
+        acc += _partial(ring, kept0, kept1, kept2, bars, i, 0, PART0, PART1, LAYOUT, GATED, STAGES)
+        if GATED:
+            up += _partial(
+                ring, also0, also1, also2, bars, i, 1, PART0, PART1, LAYOUT, GATED, STAGES
+            )
+    y = gl.convert_layout(gl.sum(gl.sum(acc, axis=2), axis=1), OUT)
+    y = activate(y + bias, ACT)
+    if GATED:
+        y *= gl.convert_layout(gl.sum(gl.sum(up, axis=2), axis=1), OUT) + bias_up
+    y += res
+    gl.store(Y + column + rows, y.to(Y.dtype.element_ty), mask=rows < n)
+
+
+@jit
+def _request(
+    maps,
+    ends,
+    ring,
+    bars,
+    row,
+    which,
+    K,
+    K_up,
+    i: gl.constexpr,
+    stage: gl.constexpr,
+    COUNT: gl.constexpr,
+    GATED: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Starts the copies of a block of columns into a stage of the ring."""
+    PIECES: gl.constexpr = ring.shape[2]
+    bar = bars.index(stage)
+    mbarrier.expect(bar, ring.shape[1] * PIECES * 128 * (2 if GATED else 1))
+    if GATED:
+        _copy(maps[0], ends[0], ring.index(2 * stage), bar, row, i, K, row >= 0, TAIL)
+        _copy(maps[1], ends[1], ring.index(2 * stage + 1), bar, row, i, K_up, row >= 0, TAIL)
+    else:
+        for j in gl.static_range(COUNT):
+            _copy(maps[j], ends[j], ring.index(stage), bar, row, i, K, which == j, TAIL)
+
+
+@jit
+def _copy(whole, end, into, bar, row, i: gl.constexpr, K, when, TAIL: gl.constexpr):
+    """One copy, if `when`: block i of a weight, the last one from its end."""
+    PIECES: gl.constexpr = into.shape[1]
+    if TAIL:
+        last = (K - 1) // (PIECES * 64)
+        at = [row, K // 64 - PIECES, 0]
+        tma.async_copy_global_to_shared(end, at, bar, into, pred=(last == i) & when)
+        when = (last != i) & when
+    tma.async_copy_global_to_shared(whole, [row, i * PIECES, 0], bar, into, pred=when)
+
+
+@jit
+def _partial(
+    ring,
+    kept0,
+    kept1,
+    kept2,
+    bars,
+    i: gl.constexpr,
+    half: gl.constexpr,
+    PART0: gl.constexpr,
+    PART1: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    GATED: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """`[BLOCK_R, 4, 8]` sums of a block of columns, each within a thread."""
+    PIECES: gl.constexpr = ring.shape[2]
+    if half == 0:
+        mbarrier.wait(bars.index(i % STAGES), (i // STAGES) % 2)
+    w = ring.index((i % STAGES) * (2 if GATED else 1) + half).load(LAYOUT).to(gl.float32)
+    SLICE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    if i < PART0:
+        x = kept0.slice(i * PIECES, PIECES, dim=0).load(SLICE)
+    elif i < PART0 + PART1:
+        x = kept1.slice((i - PART0) * PIECES, PIECES, dim=0).load(SLICE)
+    else:
+        x = kept2.slice((i - PART0 - PART1) * PIECES, PIECES, dim=0).load(SLICE)
+    product = w * gl.expand_dims(x.to(gl.float32), 0)
+    product = gl.reshape(product, [ring.shape[1], PIECES // 4, 4, 8, 8])
+    return gl.sum(gl.sum(product, axis=4), axis=1)
+
+
+@jit
+def _columns(
+    first: gl.constexpr,
+    count: gl.constexpr,
+    K,
+    PIECES: gl.constexpr,
+    ROWS: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """The columns of `count` blocks, `[count * PIECES, 64]`, and which of them are there and not of a block before."""
+    piece = first * PIECES + gl.arange(0, count * PIECES, layout=gl.SliceLayout(1, ROWS))
+    start = piece * 64
+    least = start * 0
+    if TAIL:
+        block = piece // PIECES
+        last = block == (K - 1) // (PIECES * 64)
+        least = block * (PIECES * 64)
+        start = gl.where(last, K - PIECES * 64 + (start - least), start)
+    k = start[:, None] + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]
+    return k, (k < K) & (k >= least[:, None])
+
+
+@jit
+def _row(
+    at,
+    first: gl.constexpr,
+    count: gl.constexpr,
+    K,
+    PIECES: gl.constexpr,
+    ROWS: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Some blocks of a row of K values, 0 where a block has too many."""
+    k, there = _columns(first, count, K, PIECES, ROWS, TAIL)
+    return gl.load(at + k, mask=there, other=0.0)

@@ -1,0 +1,183 @@
+"""The kernel that streams weights through shared memory: which products it takes, and on a GPU that they are right."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from harness import assert_close
+
+from fsvd_compile.kernels import (
+    _stream,
+    _triton,
+    _tuning,
+    expand_reference,
+    expand_triton,
+    shrink_reference,
+    shrink_triton,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+# The result is rounded, and so is x behind a norm, as eager rounds it.
+LIMITS = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+
+def test_parts_hold_a_row():
+    for blocks in range(1, 200):
+        for whole in (False, True):
+            found = _stream.parts(blocks, whole)
+            assert sum(found) >= blocks and all(p & (p - 1) == 0 for p in found), (blocks, found)
+            assert not whole or found[1:] == (0, 0)
+    assert _stream.parts(11, False) == (8, 2, 1) and _stream.parts(43, False) == (32, 8, 4)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """CPU tensors are taken for those of an H200."""
+    monkeypatch.setattr(_triton, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(_triton, "shared_memory", lambda device: 232448)
+    monkeypatch.setattr(_triton, "multiprocessors", lambda device: 132)
+    _tuning.forget()
+    yield
+    _tuning.forget()
+
+
+def taken(k=4096, rows=1024, tokens=1, dtype=torch.bfloat16, op="expand", layout="row", offset=0):
+    w = torch.empty(rows * k + offset, dtype=dtype)[offset:].view(rows, k)
+    return _stream.takes(op, torch.empty(tokens, k, dtype=dtype), [w], layout)
+
+
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_what_is_taken(hopper, monkeypatch):
+    assert taken() and taken(dtype=torch.float16) and taken(op="shrink") and taken(k=4104)
+    assert not taken(tokens=2)
+    assert not taken(dtype=torch.float32)
+    assert not taken(layout="col")
+    assert not taken(k=4100) and not taken(k=4095)  # rows of whole 16 bytes only
+    assert not taken(offset=1)
+    assert not taken(rows=128) and not taken(k=576, rows=49152, op="shrink")  # too little
+    assert taken(rows=1023) and not taken(op="shrink", rows=1023)  # ranks of whole 16 bytes only
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
+        monkeypatch.setattr(_triton, "capability", lambda device, c=capability: c)
+        assert not taken()
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("norm", (False, True))
+def test_tiles_fit(hopper, norm, gated):
+    for k, rows in itertools.product((256, 576, 1488, 4096, 11008, 28672), (100, 1024, 128256)):
+        launch = _tuning.Launch("expand", "stream", k, rows, 1, 2, "row", gated, norm=norm)
+        tile = _tuning.linear_tile(launch, torch.device("cpu"))
+        used = _stream.shared_bytes(k, tile.block_r, tile.block_k, tile.num_stages, gated, norm)
+        assert used <= 232448, (k, rows, tile)
+        assert tile.num_warps <= tile.block_r and tile.block_k % _stream.PIECE == 0
+        assert 1 <= tile.num_stages <= -(-k // tile.block_k)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="streamed on compute capability 9.0 only",
+)
+class TestGpu:
+    @pytest.fixture(autouse=True)
+    def _always(self, monkeypatch):
+        """Small weights, too; and a launch that went elsewhere is an error."""
+        monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
+        monkeypatch.setattr(_stream, "LEAST_HIDDEN", 0)
+        self.launched = []
+        launch = _stream.launch
+        monkeypatch.setattr(
+            _stream, "launch", lambda *a: self.launched.append(a[3]) or launch(*a)
+        )  # fmt: skip
+
+    @staticmethod
+    def made(*shape, dtype=torch.bfloat16, scale=1.0):
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    def weights(self, rows, ks, dtype=torch.bfloat16):
+        """Rows with a gap behind each, and NaN in the gaps."""
+        found = []
+        for n, k in zip(rows, ks, strict=True):
+            room = torch.full((n, k + 16), float("nan"), device="cuda", dtype=dtype)
+            room[:, :k] = self.made(n, k, dtype=dtype, scale=k**-0.5)
+            found.append(room[:, :k])
+        return found
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("norm", ("none", "rms", "layer"))
+    @pytest.mark.parametrize("k", (256, 264, 1000, 1488, 4096, 4168, 11008))
+    @pytest.mark.parametrize("rows", ((8,), (1024, 1024, 1032), (64, 8, 16, 808)))
+    def test_shrink(self, poisoned, rows, k, norm, dtype):
+        weights = self.weights(rows, (k,) * len(rows), dtype)
+        biases = [self.made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        g = self.made(k, dtype=dtype) if norm != "none" else None
+        h = self.made(k, dtype=dtype) if norm == "layer" else None
+        args = self.made(1, 1, k, dtype=dtype), weights, biases, norm, g, h, 1e-5
+        args += (1.0 if norm == "rms" else 0.0,)
+        assert_close("y", shrink_triton(*args), shrink_reference(*args), LIMITS[dtype])
+        assert len(self.launched) == 1
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("residual", (False, True))
+    @pytest.mark.parametrize(
+        ("rows", "ranks", "act"),
+        (
+            ((4096, 1000, 1001), (1024, 1000, 264), "none"),
+            ((4097,), (1488,), "gelu"),
+            ((333,), (256,), "gelu_tanh"),
+            ((777,), (2048,), "relu"),
+            ((1111, 1111), (1488, 1480), "silu_mul"),
+            ((11008, 11008), (1024, 1024), "gelu_tanh_mul"),
+            ((5, 6, 7, 8, 9), (256, 320, 328, 1000, 3000), "silu"),
+        ),
+    )
+    def test_expand(self, poisoned, rows, ranks, act, residual, dtype):
+        offsets = [3 + sum(ranks[:i]) + 8 * i for i in range(len(ranks))]
+        z = self.made(1, offsets[-1] + ranks[-1] + 1, dtype=dtype)
+        biases = [self.made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        n = rows[0] if act.endswith("_mul") else sum(rows)
+        res = self.made(n, 2, dtype=dtype)[:, 0][None] if residual else None
+        args = z, self.weights(rows, ranks, dtype), biases, offsets, res, act
+        assert_close("y", expand_triton(*args), expand_reference(*args), LIMITS[dtype])
+        assert len(self.launched) == -(-len(rows) // 4)
+
+    @pytest.mark.parametrize("stages", (1, 2, 3, 8))
+    @pytest.mark.parametrize("block_k", (256, 512, 1024))
+    @pytest.mark.parametrize(("block_r", "warps"), ((4, 4), (8, 4), (16, 8), (8, 8)))
+    def test_tiles(self, block_r, warps, block_k, stages):
+        tile = _tuning.Tile(block_r, block_k, warps, 1, stages)
+        w, x = self.weights((1031,), (4168,)), self.made(1, 4168)
+        g = self.made(4168)
+        with _tuning.forced(tile):
+            y = expand_triton(x, w, [None], [0])
+            normed = shrink_triton(x, self.weights((1032,), (4168,)), [None], "rms", g)
+        assert self.launched == [tile] * 2
+        assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
+        assert torch.isfinite(normed).all()
+
+    def test_pdl_is_bitwise(self):
+        x, w, g = self.made(1, 4096), self.weights((1024,) * 3, (4096,) * 3), self.made(4096)
+        on, off = (shrink_triton(x, w, [None] * 3, "rms", g, pdl=pdl) for pdl in (True, False))
+        assert torch.equal(on, off) and len(self.launched) == 2
+
+    def test_what_is_not_finite_stays_where_it_is(self):
+        """An inf of x behind the last whole piece meets its own column of the weight and no other."""
+        for k, at in itertools.product((4096, 4168), (0, -1)):
+            x, w = self.made(1, k), self.weights((1024,), (k,))
+            x[0, at] = float("inf")  # the last block repeats columns, x does not
+            expected = torch.sign(w[0][:, at].float()) * float("inf")
+            y = expand_triton(x, w, [None], [0])
+            assert torch.equal(y[0].float().nan_to_num(7, 9, -9), expected.nan_to_num(7, 9, -9))
+
+    def test_weights_changed_in_place_in_a_graph(self):
+        x, w = self.made(1, 4096), self.weights((1024,), (4096,))
+        graph = torch.cuda.CUDAGraph()
+        expand_triton(x, w, [None], [0])
+        with torch.cuda.graph(graph):
+            y = expand_triton(x, w, [None], [0])
+        w[0].mul_(-2)
+        graph.replay()
+        assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
