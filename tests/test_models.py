@@ -52,9 +52,9 @@ def counted(report) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "spelling"),
-    # Every spelling of two models, one of the others: what a spelling becomes does not depend on what is around it.
-    [(name, s) for name in ("llama", "gpt2") for s in zoo.SPELLINGS]
-    + [(name, s) for name, s in ROTATED if name in ("mistral", "qwen2", "qwen3", "gemma2")],
+    # Every spelling of one model, one of the others: what a spelling becomes does not depend on what is around it.
+    [("llama", s) for s in zoo.SPELLINGS]
+    + [(name, s) for name, s in ROTATED if name not in ("llama", "opt")],
 )
 def test_decoder_static_cache(cheap, name, spelling):
     reports = check_decoder(name, spelling, static)
@@ -70,7 +70,9 @@ def test_decoder_static_cache(cheap, name, spelling):
     assert [counted(r) for r in reports] == expected
 
 
-@pytest.mark.parametrize(("name", "spelling"), ROTATED)
+@pytest.mark.parametrize(
+    ("name", "spelling"), [r for r in ROTATED if r[0] in ("llama", "gemma2", "gpt2", "opt")]
+)
 def test_decoder_dynamic_cache(cheap, name, spelling):
     reports = check_decoder(name, spelling, dynamic, steps=6)
     expected = {"opt": GPT2 | {"lowrank_chain": 12, "siblings": 2}}.get(
@@ -107,7 +109,7 @@ def test_plain_mlp(spelling):
 
 @pytest.mark.parametrize(
     ("name", "cache_of"),
-    [("llama", static), ("llama", dynamic), ("mistral", static), ("gpt2", dynamic)],
+    [("mistral", static), ("gpt2", dynamic)],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_left_padding(cheap, name, cache_of):
@@ -139,7 +141,7 @@ def test_many_prompt_lengths_and_batches(cheap):
     assert counted(reports[-1]) == LLAMA | {"attention": 2}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mlp"])
+@pytest.mark.parametrize("name", ["gemma2", "mlp"])
 def test_dynamic_from_the_first_call(cheap, name):
     """`dynamic=True` makes inputs of a model's floats, too: an epsilon is fixed where a norm is fused."""
     model = zoo.factorized(name)
