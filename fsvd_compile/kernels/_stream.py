@@ -42,6 +42,8 @@ PIECE = 64
 # Below these, of weight in a launch and of K of a shrink, a model waits for launches: not streamed, not measured.
 LEAST_BYTES = 2 << 20
 LEAST_HIDDEN = 1024
+# x lies in shared memory, too: 64 KB of it.
+MOST_K = 32768
 
 
 def jit(fn):
@@ -65,8 +67,11 @@ def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
         and (x.stride(1) == 1 or x.shape[1] == 1)
         and layout == "row"
         and sum(w.numel() for w in weights) * 2 >= LEAST_BYTES
-        and all(w.shape[1] % 8 == 0 and w.stride(0) % 8 == 0 for w in weights)
-        and min(w.shape[1] for w in weights) >= 4 * PIECE
+        and all(
+            w.shape[1] % 8 == 0 and w.stride(0) % 8 == 0 and w.stride(0) >= w.shape[1]
+            for w in weights
+        )
+        and all(4 * PIECE <= w.shape[1] <= MOST_K for w in weights)
         and (
             op == "expand"
             or all(w.shape[0] % 8 == 0 and w.shape[1] >= LEAST_HIDDEN for w in weights)

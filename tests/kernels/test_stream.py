@@ -57,6 +57,9 @@ def test_what_is_taken(hopper, monkeypatch):
     assert not taken(layout="col")
     assert not taken(k=4100) and not taken(k=4095)  # rows of whole 16 bytes only
     assert not taken(offset=1)
+    assert taken(k=32768, rows=64) and not taken(k=32776, rows=64)  # x is in shared memory
+    same = torch.empty(1, 4096, dtype=torch.bfloat16).expand(1024, 4096)
+    assert not _stream.takes("expand", torch.empty(1, 4096, dtype=torch.bfloat16), [same], "row")
     assert not taken(rows=128) and not taken(k=576, rows=49152, op="shrink")  # too little
     assert taken(rows=1023) and not taken(op="shrink", rows=1023)  # ranks of whole 16 bytes only
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
