@@ -152,13 +152,13 @@ def _compiled(
 
 def _compile_kernels(nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None) -> None:
     """Our kernels for these operations, where sizes are known."""
-    ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
-    calls = [
-        (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
-        for n in ops
-        if all(is_static(a) for a in n.all_input_nodes)
-    ]
     try:
+        ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
+        calls = [
+            (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
+            for n in ops
+            if all(is_static(a) for a in n.all_input_nodes)
+        ]
         compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
     except Exception as error:  # time is lost, nothing else
         log.warning(
@@ -231,7 +231,8 @@ def _own_functions(gm: GraphModule) -> dict[str, str]:
     ours = [
         t for t in targets if (getattr(t, "__module__", None) or "").startswith("fsvd_compile.")
     ]
-    return dict.fromkeys(sorted(f"{t.__module__}.{t.__name__}" for t in ours), "fsvd")
+    names = (f"{t.__module__}.{t.__name__}" for t in ours if hasattr(t, "__name__"))
+    return dict.fromkeys(sorted(names), "fsvd")
 
 
 def _sources(root: Path) -> str:

@@ -134,6 +134,9 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> Ite
         possible = set(itertools.compress(jobs, pool.map(_fits, jobs, chunksize=4)))
     for launch in launches:
         case = Case(launch)
+        if not case.same_kernel():
+            say(f"{launch}: not tuned, for one weight of these sizes takes another kernel")
+            continue
         before = case.us(_tuning.linear_tile(launch, case.x.device))
         times = {t: case.us(t) for t in candidates(launch) if (launch, t) in possible}
         if not times:
@@ -193,12 +196,18 @@ def candidates(launch: Launch) -> list[Tile]:
 
 
 def _fits(job: tuple[Launch, Tile]) -> bool:
-    """Leaves a candidate in Triton's cache on disk; False where it does not fit into shared memory."""
+    """Leaves a candidate in Triton's cache on disk.
+
+    False where it does not fit into shared memory, and where one weight takes another kernel than the model's together.
+    """
     from triton.runtime.errors import OutOfResources
 
     launch, tile = job
+    case = Case(launch, copies=1)
+    if not case.same_kernel():
+        return False
     try:
-        Case(launch, copies=1).wrong(tile)
+        case.wrong(tile)
     except OutOfResources:
         return False
     return True
@@ -239,6 +248,12 @@ class Case:
             for at, w in zip(self.offsets, weights, strict=True)
         ]
         return F.silu(parts[0]) * parts[1] if self.launch.gated else parts[0]
+
+    def same_kernel(self) -> bool:
+        """Whether one weight of these sizes goes where the model's several went."""
+        with _tuning.recording() as asked:
+            self.ours(self.weights[0])
+        return [launch.kernel for launch in asked] == [self.launch.kernel]
 
     def wrong(self, tile: Tile) -> float:
         """Relative RMS of our result to that of fp32."""

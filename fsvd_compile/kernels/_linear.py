@@ -153,7 +153,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         layout,
         gated,
         vector,
-        norm[0] != "none",
+        kernel == "stream" and norm[0] != "none",
     )
     tile = _tuning.linear_tile(launch, x.device)
     shared = {

@@ -92,9 +92,9 @@ def read(path: pathlib.Path) -> dict[str, list[dict]]:
     try:
         table = json.loads(path.read_text())
         table = {"stream": [], **table}  # tables from before it was there
-        for kernel, tile in TILES.items():
+        for kernel in TILES:
             for row in table[kernel]:
-                _check_row(row, tile)
+                _check_row(row, kernel)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TableError(
             f"{path} is no table of tiles as `fsvd-compile tune` writes it ({type(error).__name__}: {error}). "
@@ -103,7 +103,8 @@ def read(path: pathlib.Path) -> dict[str, list[dict]]:
     return table
 
 
-def _check_row(row: dict, tile: tuple[str, ...]) -> None:
+def _check_row(row: dict, kernel: str) -> None:
+    tile = TILES[kernel]
     if row["op"] not in ("shrink", "expand"):
         raise ValueError(f"op {row['op']!r}")
     for name in ("itemsize", "k", "rows", "tokens", *tile):
@@ -114,6 +115,10 @@ def _check_row(row: dict, tile: tuple[str, ...]) -> None:
             raise ValueError(f"{name} {row[name]}, no power of two")
     if max(row.get("num_warps", 1), row.get("split", 1)) > 32:
         raise ValueError("more than 32 warps")
+    if kernel == "stream" and not (
+        256 <= row["block_k"] <= 16384 and row["num_warps"] <= row["block_r"] <= 256
+    ):
+        raise ValueError("a block of the streamed kernel that no copy or no warp holds")
     for name in ("gated", "shifted"):
         if not isinstance(row[name], bool):
             raise ValueError(f"{name} {row[name]!r}")

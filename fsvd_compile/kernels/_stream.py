@@ -6,7 +6,7 @@ layouts, for compute capability 9.0; there is no interpreter for it, so it is te
 
 A row of K elements is seen as pieces of 64, 128 bytes each, which is what the copies take; what a block of pieces has
 too many comes as zeros. Where K is no multiple of 64 (TAIL) the last block is counted from the end of the row instead:
-it repeats columns of the block before, and x is 0 there.
+it repeats columns of the block before, and x is 0 there (an inf of W in such a column makes NaN of its row).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+    # What this file uses, looked for here: another Gluon leaves these products to `_gemv`.
+    mbarrier.init, mbarrier.expect, mbarrier.wait, tma.async_copy_global_to_shared  # noqa: B018
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6
 except (ImportError, AttributeError):  # no Triton, or one whose Gluon is another
     gluon = None
@@ -42,8 +44,8 @@ PIECE = 64
 # Below these, of weight in a launch and of K of a shrink, a model waits for launches: not streamed, not measured.
 LEAST_BYTES = 2 << 20
 LEAST_HIDDEN = 1024
-# x lies in shared memory, too: 64 KB of it.
-MOST_K = 32768
+# x lies in shared memory, too, and the blocks are unrolled: 32 of them.
+MOST_K = 16384
 
 
 def jit(fn):

@@ -47,7 +47,7 @@ class Launch(NamedTuple):
         gated: Whether gate and up are multiplied.
         vector: Elements of a load where rows start anywhere between two multiples of 16 bytes (see
             `_linear`), else 1.
-        norm: Whether x is normalized first.
+        norm: Whether x is normalized first, of the kernel to which it matters ("stream").
     """
 
     op: str
@@ -166,21 +166,19 @@ def _gemv_rule(launch: Launch, tokens: int, sms: int) -> Tile:
 
 
 def _stream_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
-    """The measured (rows, columns, warps, stages), or 48 KB of weights on their way a program, in what fits."""
-    if measured is None:
-        halves = 2 if launch.gated else 1
-        block_r = 8 if cdiv(launch.rows, 8) >= 2 * _triton.multiprocessors(device) else 4
-        block_r = block_r // halves if block_r == 8 else block_r
-        block_k = 512 if launch.k > 1024 else 256
-        measured = [block_r, block_k, 4, max(1, 48 * 1024 // (2 * block_r * block_k * halves))]
-    block_r, block_k, num_warps, stages = measured
-    stages = min(stages, cdiv(launch.k, block_k))
-    while stages > 1 and (
-        _stream.shared_bytes(launch.k, block_r, block_k, stages, launch.gated, launch.norm)
-        > _triton.shared_memory(device)
-    ):
-        stages -= 1
-    return Tile(block_r, block_k, num_warps, 1, stages)
+    """The measured (rows, columns, warps, stages) where they fit, or 48 KB of weights on their way a program."""
+    halves = 2 if launch.gated else 1
+    block_r = 8 // halves if cdiv(launch.rows, 8) >= 2 * _triton.multiprocessors(device) else 4
+    block_k = 512 if launch.k > 1024 else 256
+    rule = [block_r, block_k, 4, max(1, 48 * 1024 // (2 * block_r * block_k * halves))]
+    for block_r, block_k, num_warps, stages in [measured or rule, rule]:
+        for fewer in range(min(stages, cdiv(launch.k, block_k)), 0, -1):
+            used = _stream.shared_bytes(
+                launch.k, block_r, block_k, fewer, launch.gated, launch.norm
+            )
+            if used <= _triton.shared_memory(device):
+                return Tile(block_r, block_k, num_warps, 1, fewer)
+    raise AssertionError(f"no tile of the streamed kernel fits: {launch}")
 
 
 def _skinny_rule(launch: Launch, shared: int) -> Tile:

@@ -114,8 +114,8 @@ def shrink_triton(
 ) -> Tensor:
     """`shrink_reference` in x's dtype by Triton kernels.
 
-    Accumulates in fp32 and rounds once. In the decode phase the norm is never rounded; for more
-    tokens it is, to x's dtype, as in eager.
+    Accumulates in fp32 and rounds once. In the decode phase the norm is rounded where weights are streamed (see
+    `_stream`) and not elsewhere; for more tokens it is, to x's dtype, as in eager.
 
     Args:
         pdl: Programmatic dependent launch (sm_90 and later). Weights, biases and the norm's

@@ -13,6 +13,10 @@ from fsvd_compile.errors import BenchError, TableError
 from fsvd_compile.kernels import _measured, _triton, _tuning
 
 CPU = torch.device("cpu")
+STREAM = {
+    "op": "shrink", "gated": False, "k": 4096, "rows": 1024, "tokens": 1, "itemsize": 2, "shifted": False,
+    "block_r": 4, "block_k": 512, "num_warps": 4, "num_stages": 3,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -140,7 +144,17 @@ def test_what_tune_found_is_used(own, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ("", "{}", "[]", '{"gemv": [{"op": "shrink"}], "skinny": []}', '{"gemv": 3, "skinny": []}'),
+    (
+        "",
+        "{}",
+        "[]",
+        '{"gemv": [{"op": "shrink"}], "skinny": []}',
+        '{"gemv": 3, "skinny": []}',
+        *(
+            json.dumps({"gemv": [], "skinny": [], "stream": [STREAM | c]})
+            for c in ({"block_k": 128}, {"num_warps": 8}, {"block_k": 32768}, {"num_stages": 0})
+        ),
+    ),
 )
 def test_a_file_that_is_no_table(text, own):
     own.parent.mkdir(parents=True)
@@ -148,6 +162,21 @@ def test_a_file_that_is_no_table(text, own):
     _measured.measured.cache_clear()
     with pytest.raises(TableError, match="FSVD_TUNED"):
         tile("shrink", 4096, 1024)
+
+
+def test_a_row_of_the_streamed_kernel_is_used(own):
+    own.parent.mkdir(parents=True)
+    own.write_text(json.dumps({"gemv": [], "skinny": [], "stream": [STREAM]}))
+    _tuning.forget()
+    found = tile("shrink", 4000, 1024, kernel="stream")
+    assert found == _tuning.Tile(4, 512, 4, 1, 3)
+
+
+@pytest.mark.interpret
+def test_what_one_weight_would_take_another_kernel_for_is_not_tuned():
+    for kernel, same in (("gemv", True), ("stream", False)):
+        launch = _tuning.Launch("expand", kernel, 64, 16, 1, 4)
+        assert tune.Case(launch, copies=1, device="cpu").same_kernel() is same
 
 
 @pytest.mark.parametrize("failure", (PermissionError(13, "denied"), RuntimeError("no home")))
