@@ -125,7 +125,12 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> Ite
         BenchError: there is no GPU, or the model cannot be measured this way.
         WrongResultError: a candidate is further from fp32 than rounding explains.
     """
-    launches = [launch for launch in asked(setting) if candidates(launch)]
+    launches = []
+    for launch in asked(setting):
+        if candidates(launch) and not Case(launch, copies=1).same_kernel():
+            say(f"{launch}: not tuned, for one weight of these sizes takes another kernel")
+        elif candidates(launch):
+            launches.append(launch)
     jobs = [(launch, tile) for launch in launches for tile in candidates(launch)]
     say(f"{len(launches)} linears, {len(jobs)} candidates to compile")
     # Compiled by other processes, they are found in Triton's cache on disk.
@@ -134,9 +139,6 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> Ite
         possible = set(itertools.compress(jobs, pool.map(_fits, jobs, chunksize=4)))
     for launch in launches:
         case = Case(launch)
-        if not case.same_kernel():
-            say(f"{launch}: not tuned, for one weight of these sizes takes another kernel")
-            continue
         before = case.us(_tuning.linear_tile(launch, case.x.device))
         times = {t: case.us(t) for t in candidates(launch) if (launch, t) in possible}
         if not times:
@@ -196,18 +198,12 @@ def candidates(launch: Launch) -> list[Tile]:
 
 
 def _fits(job: tuple[Launch, Tile]) -> bool:
-    """Leaves a candidate in Triton's cache on disk.
-
-    False where it does not fit into shared memory, and where one weight takes another kernel than the model's together.
-    """
+    """Leaves a candidate in Triton's cache on disk; False where it does not fit into shared memory."""
     from triton.runtime.errors import OutOfResources
 
     launch, tile = job
-    case = Case(launch, copies=1)
-    if not case.same_kernel():
-        return False
     try:
-        case.wrong(tile)
+        Case(launch, copies=1).wrong(tile)
     except OutOfResources:
         return False
     return True

@@ -191,24 +191,17 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         cdiv(w.shape[0], tile.block_r * step) * step for w in (weights[:1] if gated else weights)
     )
     if kernel == "stream":
-        _stream.launch(x, weights, shared, tile, blocks, pdl, norm)
+        _stream.launch(x, weights, shared | _norm_arguments(x, norm), tile, blocks, pdl)
     elif phase is Phase.DECODE:
-        kind, norm_w, norm_b, eps, norm_offset = norm
         _triton.launch(
             _gemv,
             (blocks, cdiv(m, tile.block_m)),
             x.device,
             pdl,
-            NORM_W=x if norm_w is None else norm_w,
-            NORM_B=x if norm_b is None else norm_b,
-            eps=float(eps),
-            norm_offset=float(norm_offset),
             TOKENS=tile.block_m,
             STEP=step,
             VECTOR=vector,
-            NORM=kind,
-            HAS_NORM_W=norm_w is not None,
-            HAS_NORM_B=norm_b is not None,
+            **_norm_arguments(x, norm),
             **shared,
         )
     else:
@@ -256,8 +249,21 @@ def _shifted(weights: Sequence[Tensor], align: int) -> tuple[int, int]:
     return max(vector // math.gcd(vector, w.stride(0)) for w in weights), vector
 
 
-def _normed_rows(x: Tensor, norm: tuple, pdl: bool) -> Tensor:
+def _norm_arguments(x: Tensor, norm: tuple) -> dict:
+    """What a kernel is told of the norm in front of it; a parameter that is missing is not read."""
     kind, weight, bias, eps, offset = norm
+    return {
+        "NORM": kind,
+        "NORM_W": x if weight is None else weight,
+        "NORM_B": x if bias is None else bias,
+        "HAS_NORM_W": weight is not None,
+        "HAS_NORM_B": bias is not None,
+        "eps": float(eps),
+        "norm_offset": float(offset),
+    }
+
+
+def _normed_rows(x: Tensor, norm: tuple, pdl: bool) -> Tensor:
     m, k = x.shape
     block = min(next_power_of_2(k), 8192)
     out = torch.empty((m, k), dtype=x.dtype, device=x.device)
@@ -268,18 +274,12 @@ def _normed_rows(x: Tensor, norm: tuple, pdl: bool) -> Tensor:
         pdl,
         X=x,
         Y=out,
-        NORM_W=x if weight is None else weight,
-        NORM_B=x if bias is None else bias,
         K=k,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        eps=float(eps),
-        norm_offset=float(offset),
         BLOCK_K=block,
         NUM_K=max(1, cdiv(k, block)),
-        NORM=kind,
-        HAS_NORM_W=weight is not None,
-        HAS_NORM_B=bias is not None,
+        **_norm_arguments(x, norm),
         num_warps=8 if block > 2048 else 4,
     )
     return out

@@ -108,10 +108,8 @@ def launch(
     tile,
     blocks: int,
     pdl: bool,
-    norm: tuple,
 ) -> None:
     """Launches the kernel with the arguments it shares with the others, see `_linear`."""
-    kind, norm_w, norm_b, eps, norm_offset = norm
     longest, shortest = (most(w.shape[1] for w in weights) for most in (max, min))
     tail = any(w.shape[1] % PIECE for w in weights)
     block_k = tile.block_k
@@ -122,10 +120,11 @@ def launch(
     maps = [_map(w, tile.block_r, pieces, smem) for w in weights]
     ends = [_map(w, tile.block_r, pieces, smem, from_end=True) for w in weights] if tail else maps
     maps, ends = (m + m[:1] * (4 - len(m)) for m in (maps, ends))
-    first, second, third = parts(count, kind != "none")
+    first, second, third = parts(count, shared["NORM"] != "none")
     taken = (
         "X", "Y", "BIAS", "RES", "N", "NB", "KS", "OFFSETS", "stride_rn",
-        "COUNT", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
+        "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
+        "NORM", "NORM_W", "NORM_B", "HAS_NORM_W", "HAS_NORM_B", "eps", "norm_offset",
     )  # fmt: skip
     _triton.launch(
         _stream,
@@ -135,11 +134,6 @@ def launch(
         **{name: shared[name] for name in taken},
         **{f"W{i}": m for i, m in enumerate(maps)},
         **{f"E{i}": m for i, m in enumerate(ends)},
-        NORM_W=x if norm_w is None else norm_w,
-        NORM_B=x if norm_b is None else norm_b,
-        eps=float(eps),
-        norm_offset=float(norm_offset),
-        ALIGN=shared["ALIGN"],
         BLOCK_R=tile.block_r,
         PIECES=pieces,
         NUM_K=count,
@@ -148,9 +142,6 @@ def launch(
         PART1=second,
         PART2=third,
         TAIL=tail,
-        NORM=kind,
-        HAS_NORM_W=norm_w is not None,
-        HAS_NORM_B=norm_b is not None,
         LAYOUT=gl.BlockedLayout([1, 1, 8], [1, 4, 8], [tile.num_warps, 1, 1], [2, 1, 0]),
     )
 

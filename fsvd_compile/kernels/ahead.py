@@ -2,7 +2,7 @@
 
 Triton releases the interpreter lock in LLVM and waits for ptxas in another process, so threads help: the 13 kernels of
 a factorized decode step take 5.8 s one after another, 3.4 s on two cores (sm_90, Triton 3.7, compiled without a GPU).
-That these are the kernels which the launchers then ask for is tested there too; on a GPU it has not been run yet.
+That these are the kernels which the launchers then ask for is tested there too.
 """
 
 from __future__ import annotations
