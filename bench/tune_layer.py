@@ -1,6 +1,6 @@
 """Tile sizes of the decode kernels, by coordinate descent over a whole LLaMA layer on this GPU.
 
-    python bench/tune_layer.py --json tiles.json
+    python bench/tune_layer.py [--tokens 8] --json tiles.json
 
 A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
 it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
@@ -10,6 +10,7 @@ residuals, gate and attention included. Prints the tiles that won, for `fsvd_com
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -17,11 +18,11 @@ import statistics
 import sys
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fsvd_compile import bench
 from fsvd_compile.bench import tune
 from fsvd_compile.kernels import (
-    _stream,
     _tuning,
     decode_attention_triton,
     expand_triton,
@@ -44,12 +45,14 @@ LINEARS = {
     "down expand": ("expand", MLP, HIDDEN, False),
 }
 NAMES = (*LINEARS, "attention")
-tiles: dict[str, tuple] = {"attention": (32, 8, 4)}  # the rule's
+tiles: dict[str, tuple] = {}
+tokens = 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1, help="sequences of a step, a token each")
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument(
         "--jobs", type=int, default=8, help="processes that compile candidates ahead"
@@ -58,9 +61,12 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune_layer: tiles are timed on a GPU and there is none.")
+    if not 1 <= args.tokens <= 64:
+        sys.exit(f"tune_layer: --tokens {args.tokens}; the decode kernels take 1 to 64.")
+    begin(args.tokens)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.map(compile_one, [(n, c) for n in NAMES for c in candidates(n)], chunksize=1)
-    begin()
+        jobs = [(args.tokens, n, c) for n in NAMES for c in candidates(n)]
+        possible = set(itertools.compress(jobs, pool.map(compile_one, jobs, chunksize=1)))
     serve()
     layers = [Layer() for _ in range(args.layers)]
     best, tried = layer_us(layers), []
@@ -70,6 +76,8 @@ def main() -> None:
     for _, name in itertools.product(range(args.passes), NAMES):
         before, times = tiles[name], {}
         for candidate in candidates(name):
+            if (args.tokens, name, candidate) not in possible:
+                continue
             tiles[name] = candidate
             times[candidate] = layer_us(layers)
         winner = min(times, key=times.get)
@@ -86,7 +94,12 @@ def main() -> None:
     print(tiles)
     if args.json:
         where = bench.conditions(
-            "cuda", layers=args.layers, context=CONTEXT, cache=CACHE, dtype=torch.bfloat16
+            "cuda",
+            layers=args.layers,
+            tokens=args.tokens,
+            context=CONTEXT,
+            cache=CACHE,
+            dtype=torch.bfloat16,
         )
         with open(args.json, "w") as file:
             json.dump(
@@ -98,23 +111,32 @@ def main() -> None:
 
 def asked(name: str) -> Launch:
     """What `_tuning` is asked for a linear, on this GPU."""
-    op, k, rows, gated = LINEARS[name]
-    x, w = (torch.empty(n, k, device="cuda", dtype=torch.bfloat16) for n in (1, rows))
-    kernel = "stream" if _stream.takes(op, x, [w], "row") else "gemv"
-    norm = name in ("qkv shrink", "gate-up shrink")
-    return Launch(op, kernel, k, rows, 1, 2, "row", gated, norm=norm)
+    return next(a for a in asks() if (a.op, a.k, a.rows, a.gated) == LINEARS[name])
 
 
-def begin() -> None:
-    """The tiles as they are now."""
+@functools.cache
+def asks() -> list[Launch]:
+    """What a layer asks tiles for."""
+    with _tuning.recording() as launches:
+        Layer()(start())
+    return launches
+
+
+def begin(count: int) -> None:
+    """The tiles as they are now, for so many tokens."""
+    global tokens
+    tokens = count
     for name in LINEARS:
         tiles[name] = _tuning._linear_tile(asked(name), torch.device("cuda", 0))
+    tiles["attention"] = (32, 8 if tokens == 1 else 1, 4, 3)
 
 
 def candidates(name: str) -> list[tuple]:
-    """Tiles of a linear; (rows, splits, warps) of attention."""
+    """Tiles of a linear; (rows, splits, warps, stages) of attention."""
     if name == "attention":
-        return list(itertools.product((16, 32), (6, 8, 12, 16), (2, 4)))
+        if tokens == 1:
+            return list(itertools.product((16, 32), (6, 8, 12, 16), (2, 4), (1, 3)))
+        return list(itertools.product((32, 64, 128), (1, 2, 4), (2, 4), (2, 3, 4)))
     return tune.candidates(asked(name))
 
 
@@ -126,19 +148,27 @@ def serve() -> None:
         return tiles[names[launch.op, launch.k, launch.rows, launch.gated]]
 
     def attention_tile(**_):
-        block_n, splits, num_warps = tiles["attention"]
-        return AttentionTile(1, block_n, splits, num_warps, num_stages=1)
+        return AttentionTile(1, *tiles["attention"])
 
     _tuning.linear_tile, _tuning.decode_attention_tile = linear_tile, attention_tile
 
 
-def compile_one(job: tuple[str, tuple]) -> None:
-    """Leaves a candidate in Triton's cache on disk."""
-    begin()
+def compile_one(job: tuple[int, str, tuple]) -> bool:
+    """Leaves a candidate in Triton's cache on disk; False where it does not fit."""
+    count, name, tile = job
+    begin(count)
     serve()
-    tiles[job[0]] = job[1]
-    Layer()(torch.randn(1, 1, HIDDEN, device="cuda", dtype=torch.bfloat16))
-    torch.cuda.synchronize()
+    tiles[name] = tile
+    try:
+        Layer()(start())
+        torch.cuda.synchronize()
+    except OutOfResources:
+        return False
+    return True
+
+
+def start() -> torch.Tensor:
+    return torch.randn(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
 
 
 class Layer:
@@ -156,7 +186,7 @@ class Layer:
         self.gate_up = made(MLP, HIDDEN, count=2), made(INNER, MLP, count=2)
         self.down = made(MLP, INNER), made(HIDDEN, MLP)
         self.norms = made(HIDDEN, count=2)
-        self.caches = made(1, HEADS, CACHE, HEAD, count=2)
+        self.caches = made(tokens, HEADS, CACHE, HEAD, count=2)
         self.table = torch.randn(1, 1, HEAD, device="cuda")
         self.position = torch.tensor([CONTEXT], device="cuda")
         self.mask = (torch.arange(CACHE, device="cuda") <= CONTEXT)[None, None, None]
@@ -164,12 +194,12 @@ class Layer:
     def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
         z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
         y = expand_triton(z, self.qkv[1], [None] * 3, [0, ATTENTION, 2 * ATTENTION], pdl=True)
-        q, k, v = (t.view(1, 1, HEADS, HEAD).transpose(1, 2) for t in y.split(HIDDEN, -1))
+        q, k, v = (t.view(tokens, 1, HEADS, HEAD).transpose(1, 2) for t in y.split(HIDDEN, -1))
         if attention:
             y = decode_attention_triton(
                 q, k, v, self.table, self.table, *self.caches, self.position, self.mask, HEAD**-0.5,
                 pdl=True, read_ahead=True,
-            ).transpose(1, 2).reshape(1, 1, HIDDEN)  # fmt: skip
+            ).transpose(1, 2).reshape(tokens, 1, HIDDEN)  # fmt: skip
         z = shrink_triton(y[..., :HIDDEN], self.o[0], [None], pdl=True)
         x = expand_triton(z, self.o[1], [None], [0], x, pdl=True)
         z = shrink_triton(
@@ -182,7 +212,7 @@ class Layer:
 
 def layer_us(layers: list[Layer], attention: bool = True, replays: int = 12) -> float:
     """Microseconds a layer: the median replay of all of them in one graph."""
-    x = torch.randn(1, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    x = start()
     layers[0](x, attention)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -37,6 +37,9 @@ THREAD_BYTES = range(32, _tuning.THREAD_BYTES + 1)
 # Elements of weight a program of `_stream` requests at once: 16 to 64 KB.
 STREAM = range(8 << 10, (32 << 10) + 1)
 
+# The same of `_stream_few`, x included: 32 to 112 KB.
+FEW = range(16 << 10, (88 << 10) + 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -188,6 +191,17 @@ def candidates(launch: Launch) -> list[Tile]:
             if warps <= rows and stages <= _triton.cdiv(launch.k, block_k)
         ]
         return [t for t in tiles if both * t.num_stages * t.block_r * t.block_k in STREAM]
+    if launch.kernel == "few":
+        tiles = [
+            Tile(rows, block_k, warps, launch.block_m, stages)
+            for rows, warps, block_k, stages in itertools.product(
+                (16, 32, 64), (2, 4, 8), (128, 256, 512), (2, 3, 4, 6, 8)
+            )
+            if 64 * warps <= block_k and stages <= _triton.cdiv(launch.k, block_k)
+        ]
+        return [
+            t for t in tiles if both * t.num_stages * (t.block_r + t.block_m) * t.block_k in FEW
+        ]
     return [
         Tile(rows, block_k, split, launch.block_m, stages, split)
         for rows, split, block_k, stages in itertools.product(
@@ -230,7 +244,7 @@ class Case:
         none = [None] * len(weights)
         how = {
             "pdl": _triton.supports_pdl(self.device),
-            "phase": Phase.FEW if self.launch.kernel == "skinny" else Phase.DECODE,
+            "phase": Phase.FEW if self.launch.kernel in ("few", "skinny") else Phase.DECODE,
         }
         if self.launch.op == "shrink":
             return shrink_triton(self.x, weights, none, **how)

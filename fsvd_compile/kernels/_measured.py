@@ -29,6 +29,7 @@ SAME = ("op", "gated", "itemsize")
 TILES = {
     "gemv": ("block_r", "num_warps"),
     "stream": ("block_r", "block_k", "num_warps", "num_stages"),
+    "few": ("block_r", "block_k", "num_warps", "num_stages"),
     "skinny": ("block_r", "split", "block_k", "num_stages"),
 }
 KEY = (*SAME, "k", "rows", "tokens", "shifted")
@@ -73,7 +74,7 @@ def measured(capability: tuple[int, int]) -> dict[str, list[dict]]:
         there = False
     if there:
         tables.insert(0, read(own))
-    return {kernel: [row for t in tables for row in t[kernel]] for kernel in TILES}
+    return {kernel: [row for t in tables for row in t.get(kernel, [])] for kernel in TILES}
 
 
 def own_file(capability: tuple[int, int]) -> pathlib.Path:
@@ -91,7 +92,7 @@ def read(path: pathlib.Path) -> dict[str, list[dict]]:
     """
     try:
         table = json.loads(path.read_text())
-        table = {"stream": [], **table}  # tables from before it was there
+        table = {"stream": [], "few": [], **table}  # tables from before they were there
         for kernel in TILES:
             for row in table[kernel]:
                 _check_row(row, kernel)
@@ -117,6 +118,10 @@ def _check_row(row: dict, kernel: str) -> None:
         raise ValueError("more than 32 warps")
     if kernel == "stream" and not (
         256 <= row["block_k"] <= 16384 and row["num_warps"] <= row["block_r"] <= 256
+    ):
+        raise ValueError("a block of the streamed kernel that no copy or no warp holds")
+    if kernel == "few" and not (
+        16 <= row["block_r"] <= 256 and 64 * row["num_warps"] <= row["block_k"] <= 16384
     ):
         raise ValueError("a block of the streamed kernel that no copy or no warp holds")
     for name in ("gated", "shifted"):

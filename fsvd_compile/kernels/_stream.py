@@ -54,7 +54,17 @@ def jit(fn):
 
 
 def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
-    """Whether a product with one token goes through this kernel.
+    """Whether a product with one token goes through this kernel."""
+    return (
+        x.shape[0] == 1
+        and (x.stride(1) == 1 or x.shape[1] == 1)
+        and all(4 * PIECE <= w.shape[1] <= MOST_K for w in weights)
+        and streams(op, x, weights, layout)
+    )
+
+
+def streams(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
+    """Whether weights are such as TMA brings into shared memory faster than loads would.
 
     That is on compute capability 9.0, in bf16 and fp16, for weights whose rows are K-contiguous and multiples of 16
     bytes. A chip divides its L1 and shared memory anew between kernels that want more of the one or of the other, and
@@ -64,16 +74,13 @@ def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
     if gluon is None or _triton.interpreted() or _triton.capability(x.device) != (9, 0):
         return False
     return (
-        x.shape[0] == 1
-        and x.element_size() == 2
-        and (x.stride(1) == 1 or x.shape[1] == 1)
+        x.element_size() == 2
         and layout == "row"
         and sum(w.numel() for w in weights) * 2 >= LEAST_BYTES
         and all(
             w.shape[1] % 8 == 0 and w.stride(0) % 8 == 0 and w.stride(0) >= w.shape[1]
             for w in weights
         )
-        and all(4 * PIECE <= w.shape[1] <= MOST_K for w in weights)
         and (
             op == "expand"
             or all(w.shape[0] % 8 == 0 and w.shape[1] >= LEAST_HIDDEN for w in weights)
@@ -221,13 +228,7 @@ def _stream(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     rows = row + gl.arange(0, BLOCK_R, layout=OUT)
-    bias = gl.zeros([BLOCK_R], gl.float32, layout=OUT)
-    bias_up = bias
-    if HAS_BIAS:
-        some = rows < pick_size(which, NB, COUNT)
-        bias = gl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=some, other=0.0).to(gl.float32)
-        if GATED:
-            bias_up = gl.load(BIAS[1] + rows, mask=rows < NB[1], other=0.0).to(gl.float32)
+    bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
     SCATTERED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kept0 = gl.allocate_shared_memory(X.dtype.element_ty, [PART0 * PIECES, 64], SCATTERED)
     kept1 = kept0
@@ -330,6 +331,27 @@ def _stream(
         y *= gl.convert_layout(gl.sum(gl.sum(up, axis=2), axis=1), OUT) + bias_up
     y += res
     gl.store(Y + column + rows, y.to(Y.dtype.element_ty), mask=rows < n)
+
+
+@jit
+def biases(
+    BIAS,
+    NB,
+    rows,
+    which,
+    COUNT: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """fp32 biases of some rows of a weight, and of the same rows of up; 0 where there is none."""
+    bias = (rows * 0).to(gl.float32)
+    bias_up = bias
+    if HAS_BIAS:
+        some = rows < pick_size(which, NB, COUNT)
+        bias = gl.load(pick_pointer(which, BIAS, COUNT) + rows, mask=some, other=0.0).to(gl.float32)
+        if GATED:
+            bias_up = gl.load(BIAS[1] + rows, mask=rows < NB[1], other=0.0).to(gl.float32)
+    return bias, bias_up
 
 
 @jit

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fsvd_compile.kernels import _measured, _stream, _triton
+from fsvd_compile.kernels import _measured, _stream, _stream_few, _triton
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 
 
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
     Attributes:
         op: "shrink" or "expand".
-        kernel: "gemv", "stream" or "skinny".
+        kernel: "gemv", "stream", "few" or "skinny".
         k: Length of the longest weight row.
         rows: Weight rows; of gate alone when gated.
         tokens: M.
@@ -68,8 +68,8 @@ class Launch(NamedTuple):
 
     @property
     def block_m(self) -> int:
-        """Tokens of a `_skinny` program."""
-        return min(64, max(16, next_power_of_2(self.tokens)))
+        """Tokens of a `_skinny` or `_stream_few` program."""
+        return min(64, max(8 if self.kernel == "few" else 16, next_power_of_2(self.tokens)))
 
 
 # Whole rows up to this K are requested at once; longer ones loop. 16384 covers the 11008 that was
@@ -138,6 +138,11 @@ def _linear_tile(launch: Launch, device: torch.device) -> Tile:
             row = _measured.nearest(launch, 1, capability)
         found = None if row is None else [row[name] for name in _measured.TILES["stream"]]
         return _stream_tile(launch, found, device)
+    if launch.kernel == "few":
+        if capability is not None:
+            row = _measured.nearest(launch, launch.block_m, capability)
+        found = None if row is None else [row[name] for name in _measured.TILES["few"]]
+        return _few_tile(launch, found, device)
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
     tokens = 1 if launch.gated and not whole else min(launch.tokens, 2)
@@ -179,6 +184,30 @@ def _stream_tile(launch: Launch, measured: list[int] | None, device: torch.devic
             if used <= _triton.shared_memory(device):
                 return Tile(block_r, block_k, num_warps, 1, fewer)
     raise AssertionError(f"no tile of the streamed kernel fits: {launch}")
+
+
+def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
+    """The measured (rows, columns, warps, stages) where they fit, or 64 KB on their way a program.
+
+    x is read once a program, so there are more rows than tokens in one where that leaves two to a multiprocessor:
+    32000 rows of 4096, 32 tokens: 69.8 us with 64 rows, 77.4 with 16; 8 tokens: 63.1 with 16, 63.9 with 32 (H200).
+    """
+    halves = 2 if launch.gated else 1
+    block_r = 32 if launch.gated else 16
+    most = launch.rows // (2 * _triton.multiprocessors(device))
+    # Sums of gate and up for 64 rows and 64 tokens are more than the registers of a warp.
+    most = min(most, 2048 // launch.block_m if launch.gated else most)
+    while block_r < 2 * launch.block_m and 2 * block_r <= most:
+        block_r *= 2
+    block_k = 128 if launch.gated or block_r > 32 else 256
+    column = 2 * (block_r + launch.block_m) * halves
+    rule = [block_r, block_k, 2, max(2, 64 * 1024 // (column * block_k))]
+    for block_r, block_k, num_warps, stages in [measured or rule, rule, [16, 128, 2, 1]]:
+        for fewer in range(min(stages, cdiv(launch.k, block_k)), 0, -1):
+            used = _stream_few.shared_bytes(block_r, block_k, launch.block_m, fewer, launch.gated)
+            if used <= _triton.shared_memory(device):
+                return Tile(block_r, block_k, num_warps, launch.block_m, fewer)
+    raise AssertionError(f"no tile of the streamed kernel for few tokens fits: {launch}")
 
 
 def _skinny_rule(launch: Launch, shared: int) -> Tile:
@@ -263,8 +292,11 @@ def decode_attention_tile(
     On an H200 in bf16, LLaMA-7B with 512 tokens in a cache of 1024, a whole layer: 8 splits of 32 rows and four
     warps 65.3 us, 12 such 66.0, 8 of 64 rows 70.8, two warps a program 67.7. For 8 KV heads of four query heads
     over 8192 tokens, the kernel and its combine alone: 32 splits of 64 rows 16.7 us (7.4 at the read limit), 16
-    such 20.9, 48 such 18.1, 32 of 32 rows 20.4. For 8 sequences of 32 heads with 512 tokens: no split 26.5 us,
-    two splits 28.2.
+    such 20.9, 48 such 18.1, 32 of 32 rows 20.4.
+
+    Where there is a program for each place and more, several blocks lie in each place: a layer of 8 sequences of 32
+    heads with 512 tokens 87.6 us with 128 rows, four warps and one block on its way, 91.8 with 32 rows and two blocks;
+    one of 16 sequences 113.5 with 64 rows and two warps, 123.9; one of 32 163.1, 175.8; one of 64 287.1, 306.6.
 
     Args:
         group: Query heads of one KV head.
@@ -274,5 +306,7 @@ def decode_attention_tile(
     narrow = dim * itemsize <= 256 and dim % 8 == 0
     block_n = 16 if not narrow else 32 if group == 1 else 64
     wanted = 2 * _triton.multiprocessors(device) // (batch * kv_heads)
+    if narrow and group == 1 and wanted <= 1:
+        return AttentionTile(1, 128, 1, 4, 2) if wanted == 1 else AttentionTile(1, 64, 1, 2, 2)
     splits = max(1, min(wanted, cdiv(length, block_n), 64))
     return AttentionTile(1, block_n, splits, num_warps=4 if narrow else 8, num_stages=3)

@@ -33,6 +33,7 @@ def arguments() -> list[tuple]:
     return [
         (ops.shrink.default, shrink),
         (ops.shrink.default, (t(1, 1, 4096), [t(512, 4096)], [None], "rms", t(4096), None, 1e-5, 0.0)),
+        (ops.shrink.default, (t(8, 1, 4096), [t(512, 4096)], [None], "rms", t(4096), None, 1e-5, 0.0)),
         (ops.expand.default, expand),
         (ops.expand.default, (t(1, 1, 75), [t(256, 37), t(256, 38)], [None, None], [0, 37], None, "none")),
         (ops.decode_attention.default, (q, kv, kv, table, table, cache, t(1, 4, 128, 64), at, mask, 0.1)),

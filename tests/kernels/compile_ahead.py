@@ -148,7 +148,7 @@ def decode_attention(heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=N
 
 def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
     """(name, launcher) of what is compiled; LLaMA-7B and Llama-3-8B shapes, and odd ones."""
-    for t in (1, 2):
+    for t in (1, 2, 8):
         # The rows of configs/sm90.json, with what the model puts around them.
         yield f"table-qkv-shrink-m{t}", shrink(t, (1024, 1024, 1024), 4096, norm="rms")
         yield f"table-o-shrink-m{t}", shrink(t, (1024,), 4096)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fsvd_compile.kernels import _stream
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative RMS error against the fp32 reference: the result is rounded, and what goes into a second
 # product may be.
@@ -23,6 +25,32 @@ def stored(w: torch.Tensor, how: str) -> torch.Tensor:
     else:
         return w
     return view.copy_(w)
+
+
+def made(*shape, dtype=torch.bfloat16, scale=1.0) -> torch.Tensor:
+    """Normal values on the GPU."""
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def gapped(rows: int, k: int, dtype=torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+    """Rows on the GPU with a gap of 32 bytes behind each, and NaN in the gaps and behind the last row."""
+    room = torch.full((rows + 1, k + 16), float("nan"), device="cuda", dtype=dtype)
+    room[:rows, :k] = made(rows, k, dtype=dtype, scale=scale)
+    return room[:rows, :k]
+
+
+def gapped_weights(rows, ks, dtype=torch.bfloat16) -> list[torch.Tensor]:
+    return [gapped(n, k, dtype, k**-0.5) for n, k in zip(rows, ks, strict=True)]
+
+
+def watch_streamed(monkeypatch, module, tile: int) -> list:
+    """Lets small weights stream, too, and collects the tiles of a kernel's launches, argument number `tile`."""
+    monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
+    monkeypatch.setattr(_stream, "LEAST_HIDDEN", 0)
+    launched = []
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda *a: launched.append(a[tile]) or launch(*a))
+    return launched
 
 
 STORAGE = ("contiguous", "transposed", "padded", "strided")

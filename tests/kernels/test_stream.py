@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from harness import assert_close
+from opcases import gapped_weights, made, watch_streamed
 
 from fsvd_compile.kernels import (
     _stream,
@@ -30,18 +31,6 @@ def test_parts_hold_a_row():
             assert sum(found) >= blocks and all(p & (p - 1) == 0 for p in found), (blocks, found)
             assert not whole or found[1:] == (0, 0)
     assert _stream.parts(11, False) == (8, 2, 1) and _stream.parts(43, False) == (32, 8, 4)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """CPU tensors are taken for those of an H200."""
-    monkeypatch.setattr(_triton, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(_triton, "interpreted", lambda: False)
-    monkeypatch.setattr(_triton, "shared_memory", lambda device: 232448)
-    monkeypatch.setattr(_triton, "multiprocessors", lambda device: 132)
-    _tuning.forget()
-    yield
-    _tuning.forget()
 
 
 def taken(k=4096, rows=1024, tokens=1, dtype=torch.bfloat16, op="expand", layout="row", offset=0):
@@ -88,37 +77,18 @@ class TestGpu:
     @pytest.fixture(autouse=True)
     def _always(self, monkeypatch):
         """Small weights, too; and a launch that went elsewhere is an error."""
-        monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
-        monkeypatch.setattr(_stream, "LEAST_HIDDEN", 0)
-        self.launched = []
-        launch = _stream.launch
-        monkeypatch.setattr(
-            _stream, "launch", lambda *a: self.launched.append(a[3]) or launch(*a)
-        )  # fmt: skip
-
-    @staticmethod
-    def made(*shape, dtype=torch.bfloat16, scale=1.0):
-        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-    def weights(self, rows, ks, dtype=torch.bfloat16):
-        """Rows with a gap behind each, and NaN in the gaps."""
-        found = []
-        for n, k in zip(rows, ks, strict=True):
-            room = torch.full((n, k + 16), float("nan"), device="cuda", dtype=dtype)
-            room[:, :k] = self.made(n, k, dtype=dtype, scale=k**-0.5)
-            found.append(room[:, :k])
-        return found
+        self.launched = watch_streamed(monkeypatch, _stream, 3)
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("norm", ("none", "rms", "layer"))
     @pytest.mark.parametrize("k", (256, 264, 1000, 1488, 4096, 4168, 11008))
     @pytest.mark.parametrize("rows", ((8,), (1024, 1024, 1032), (64, 8, 16, 808)))
     def test_shrink(self, poisoned, rows, k, norm, dtype):
-        weights = self.weights(rows, (k,) * len(rows), dtype)
-        biases = [self.made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
-        g = self.made(k, dtype=dtype) if norm != "none" else None
-        h = self.made(k, dtype=dtype) if norm == "layer" else None
-        args = self.made(1, 1, k, dtype=dtype), weights, biases, norm, g, h, 1e-5
+        weights = gapped_weights(rows, (k,) * len(rows), dtype)
+        biases = [made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        g = made(k, dtype=dtype) if norm != "none" else None
+        h = made(k, dtype=dtype) if norm == "layer" else None
+        args = made(1, 1, k, dtype=dtype), weights, biases, norm, g, h, 1e-5
         args += (1.0 if norm == "rms" else 0.0,)
         assert_close("y", shrink_triton(*args), shrink_reference(*args), LIMITS[dtype])
         assert len(self.launched) == 1
@@ -139,11 +109,11 @@ class TestGpu:
     )
     def test_expand(self, poisoned, rows, ranks, act, residual, dtype):
         offsets = [3 + sum(ranks[:i]) + 8 * i for i in range(len(ranks))]
-        z = self.made(1, offsets[-1] + ranks[-1] + 1, dtype=dtype)
-        biases = [self.made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        z = made(1, offsets[-1] + ranks[-1] + 1, dtype=dtype)
+        biases = [made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
         n = rows[0] if act.endswith("_mul") else sum(rows)
-        res = self.made(n, 2, dtype=dtype)[:, 0][None] if residual else None
-        args = z, self.weights(rows, ranks, dtype), biases, offsets, res, act
+        res = made(n, 2, dtype=dtype)[:, 0][None] if residual else None
+        args = z, gapped_weights(rows, ranks, dtype), biases, offsets, res, act
         assert_close("y", expand_triton(*args), expand_reference(*args), LIMITS[dtype])
         assert len(self.launched) == -(-len(rows) // 4)
 
@@ -152,32 +122,32 @@ class TestGpu:
     @pytest.mark.parametrize(("block_r", "warps"), ((4, 4), (8, 4), (16, 8), (8, 8)))
     def test_tiles(self, block_r, warps, block_k, stages):
         tile = _tuning.Tile(block_r, block_k, warps, 1, stages)
-        w, x = self.weights((1031,), (4168,)), self.made(1, 4168)
-        g = self.made(4168)
+        w, x = gapped_weights((1031,), (4168,)), made(1, 4168)
+        g = made(4168)
         with _tuning.forced(tile):
             y = expand_triton(x, w, [None], [0])
-            args = x, self.weights((1032,), (4168,)), [None], "rms", g, None, 1e-5
+            args = x, gapped_weights((1032,), (4168,)), [None], "rms", g, None, 1e-5
             normed = shrink_triton(*args)
         assert self.launched == [tile] * 2
         assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
         assert_close("normed", normed, shrink_reference(*args), 6e-3)
 
     def test_pdl_is_bitwise(self):
-        x, w, g = self.made(1, 4096), self.weights((1024,) * 3, (4096,) * 3), self.made(4096)
+        x, w, g = made(1, 4096), gapped_weights((1024,) * 3, (4096,) * 3), made(4096)
         on, off = (shrink_triton(x, w, [None] * 3, "rms", g, pdl=pdl) for pdl in (True, False))
         assert torch.equal(on, off) and len(self.launched) == 2
 
     def test_what_is_not_finite_stays_where_it_is(self):
         """An inf of x behind the last whole piece meets its own column of the weight and no other."""
         for k, at in itertools.product((4096, 4168), (0, -1, -100)):
-            x, w = self.made(1, k), self.weights((1024,), (k,))
+            x, w = made(1, k), gapped_weights((1024,), (k,))
             x[0, at] = float("inf")  # the last block repeats columns, x does not
             expected = torch.sign(w[0][:, at].float()) * float("inf")
             y = expand_triton(x, w, [None], [0])
             assert torch.equal(y[0].float().nan_to_num(7, 9, -9), expected.nan_to_num(7, 9, -9))
 
     def test_weights_changed_in_place_in_a_graph(self):
-        x, w = self.made(1, 4096), self.weights((1024,), (4096,))
+        x, w = made(1, 4096), gapped_weights((1024,), (4096,))
         graph = torch.cuda.CUDAGraph()
         expand_triton(x, w, [None], [0])
         with torch.cuda.graph(graph):

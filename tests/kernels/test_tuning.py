@@ -154,6 +154,10 @@ def test_what_tune_found_is_used(own, monkeypatch):
             json.dumps({"gemv": [], "skinny": [], "stream": [STREAM | c]})
             for c in ({"block_k": 128}, {"num_warps": 8}, {"block_k": 32768}, {"num_stages": 0})
         ),
+        *(
+            json.dumps({"gemv": [], "skinny": [], "few": [STREAM | {"block_r": 16} | c]})
+            for c in ({"block_r": 8}, {"num_warps": 16}, {"block_k": 500}, {"block_r": 512})
+        ),
     ),
 )
 def test_a_file_that_is_no_table(text, own):

@@ -1,0 +1,286 @@
+"""The streamed product of a few tokens: weights and x in shared memory, multiplied by tensor cores, see `_linear`.
+
+A tile of weight rows is the operand with 16 rows, tokens are the one with 8, so that a program needs no more than 16
+rows and 8 sequences waste no product. Every warp multiplies columns of its own, 64 at a time, and the sums of the warps
+are added at the end. x comes by TMA through the same ring as the weights, a block of columns at a time: 32 tokens of
+4096 features are more than shared memory holds. A copy is issued by one thread and costs its program tens of
+nanoseconds, so a block of columns is one copy; only the last one of a row that is no whole number of blocks comes in
+pieces of 64, which have zeros behind K. Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fsvd_compile.kernels import _stream, _triton
+from fsvd_compile.kernels._stream import PIECE, biases, jit
+from fsvd_compile.kernels._triton import activate, cdiv, locate, pick_size
+
+if _stream.gluon is not None:
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+    from fsvd_compile.kernels._stream import (
+        TensorDescriptor,
+        barrier,
+        fence_async_shared,
+        gdc_launch_dependents,
+        gdc_wait,
+        gl,
+        mbarrier,
+        tma,
+    )
+
+
+# Weights are streamed for so many tokens at most.
+MOST_TOKENS = 64
+
+
+def takes(
+    op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int], layout: str
+) -> bool:
+    """Whether a product with few tokens goes through this kernel; x is copied as the weights are."""
+    return (
+        x.shape[0] <= MOST_TOKENS
+        and x.stride(1) == 1
+        and x.stride(0) % 8 == 0
+        and x.stride(0) >= x.shape[1]
+        and all(start % 8 == 0 for start in offsets)
+        and all(w.shape[1] >= PIECE for w in weights)
+        and _triton.aligned(x)
+        and _stream.streams(op, x, weights, layout)
+    )
+
+
+def shared_bytes(block_r: int, block_k: int, tokens: int, stages: int, gated: bool) -> int:
+    """Shared memory of a program; the sums of its warps are added in what the ring leaves."""
+    return 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1) + 1024
+
+
+def launch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    offsets: Sequence[int],
+    shared: dict,
+    tile,
+    blocks: int,
+    pdl: bool,
+) -> None:
+    """Launches the kernel with the arguments it shares with the others, see `_linear`."""
+    smem = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    pieces = tile.block_k // PIECE
+    inputs = [x[:, at : at + w.shape[1]] for at, w in zip(offsets, weights, strict=True)]
+    if len(set(offsets)) == 1 and len({w.shape[1] for w in weights}) == 1:
+        inputs = inputs[:1]
+    tail = any(w.shape[1] % tile.block_k for w in weights)
+    maps = [_blocks(w, tile.block_r, pieces, smem) for w in weights]
+    x_maps = [_blocks(z, tile.block_m, pieces, smem) for z in inputs]
+    ends = [_pieces(w, tile.block_r, smem) for w in weights] if tail else maps
+    x_ends = [_pieces(z, tile.block_m, smem) for z in inputs] if tail else x_maps
+    taken = (
+        "Y", "BIAS", "RES", "N", "NB", "KS", "M", "stride_ym", "stride_rm", "stride_rn",
+        "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
+    )  # fmt: skip
+    _triton.launch(
+        _stream_few,
+        (blocks, cdiv(x.shape[0], tile.block_m)),
+        x.device,
+        pdl,
+        **{name: shared[name] for name in taken},
+        **_named("W", maps),
+        **_named("X", x_maps),
+        **_named("WE", ends),
+        **_named("XE", x_ends),
+        TOKENS=tile.block_m,
+        BLOCK_R=tile.block_r,
+        PIECES=pieces,
+        STAGES=tile.num_stages,
+        INPUTS=len(inputs),
+        TAIL=tail,
+        MMA=gl.NVMMADistributedLayout(
+            version=[2, 0], warps_per_cta=[tile.num_warps, 1, 1], instr_shape=[1, 16, 8]
+        ),
+    )
+
+
+def _named(name: str, maps: list) -> dict:
+    """Kernel arguments, for Triton takes no tuples of tensor maps; the first stands in for those that are not there."""
+    return {f"{name}{i}": maps[i] if i < len(maps) else maps[0] for i in range(4)}
+
+
+def _blocks(t: Tensor, rows: int, pieces: int, layout):
+    """The pieces of 64 that lie whole in K: a copy takes so many of them of so many rows."""
+    shape, strides = [t.shape[1] // PIECE, t.shape[0], PIECE], [PIECE, t.stride(0), 1]
+    return TensorDescriptor(_triton.unread(t), shape, strides, [pieces, rows, PIECE], layout)
+
+
+def _pieces(t: Tensor, rows: int, layout):
+    """A copy takes one piece of so many rows, with zeros behind K."""
+    shape, strides = [1, *t.shape], [t.shape[0] * t.stride(0), t.stride(0), 1]
+    return TensorDescriptor(_triton.unread(t), shape, strides, [1, rows, PIECE], layout)
+
+
+@jit
+def _stream_few(
+    Y,
+    W0,
+    W1,
+    W2,
+    W3,
+    X0,
+    X1,
+    X2,
+    X3,
+    WE0,
+    WE1,
+    WE2,
+    WE3,
+    XE0,
+    XE1,
+    XE2,
+    XE3,
+    BIAS,
+    RES,
+    N,
+    NB,
+    KS,
+    M,
+    stride_ym,
+    stride_rm,
+    stride_rn,
+    COUNT: gl.constexpr,
+    ALIGN: gl.constexpr,
+    TOKENS: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    PIECES: gl.constexpr,
+    STAGES: gl.constexpr,
+    INPUTS: gl.constexpr,
+    TAIL: gl.constexpr,
+    ACT: gl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RES: gl.constexpr,
+    MMA: gl.constexpr,
+    USE_PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    if USE_PDL:
+        gdc_launch_dependents()
+    which, row, column = locate(gl.program_id(0), N, 1, 1 if GATED else COUNT, BLOCK_R, 1)
+    token = gl.program_id(1) * TOKENS
+    n = pick_size(which, N, COUNT)
+    K = pick_size(which, KS, COUNT) * ALIGN
+    K_up = K
+    if GATED:
+        K_up = gl.cast(KS[1], gl.int32) * ALIGN
+    # At least 1, as the compiler is told: it would have one wait for no blocks and one for some.
+    count = gl.maximum(gl.cdiv(gl.maximum(K, K_up), PIECES * 64), 1)
+    HALVES: gl.constexpr = 2 if GATED else 1
+    X_HALVES: gl.constexpr = 1 if INPUTS == 1 else HALVES
+    dtype: gl.constexpr = Y.dtype.element_ty
+    ring = gl.allocate_shared_memory(dtype, [STAGES * HALVES, PIECES, BLOCK_R, 64], W0.layout)
+    xs = gl.allocate_shared_memory(dtype, [STAGES * X_HALVES, PIECES, TOKENS, 64], W0.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    fence_async_shared()
+    BYTES: gl.constexpr = PIECES * 128 * (BLOCK_R * HALVES + TOKENS * X_HALVES)
+    W, W_END = (W0, W1, W2, W3), (WE0, WE1, WE2, WE3)
+    X, X_END = (X0, X1, X2, X3), (XE0, XE1, XE2, XE3)
+    ahead = gl.minimum(count, STAGES)
+    for i in range(ahead):
+        mbarrier.expect(bars.index(i), BYTES)
+        _copy(W, W_END, ring, bars.index(i), i, i, row, which, K, K_up, COUNT, HALVES, TAIL)
+
+    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
+    rows = row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, OUT))
+    m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
+    bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
+
+    if USE_PDL:
+        gdc_wait()
+
+    for i in range(ahead):
+        _copy(X, X_END, xs, bars.index(i), i, i, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
+    inside = (rows < n)[:, None] & (m < M)[None, :]
+    m = gl.cast(m, gl.int64)
+    res = gl.zeros([BLOCK_R, TOKENS], gl.float32, layout=OUT)
+    if HAS_RES:
+        r_at = RES + (column + rows)[:, None] * stride_rn + m[None, :] * stride_rm
+        res = gl.load(r_at, mask=inside, other=0.0).to(gl.float32)
+
+    acc = gl.zeros([PIECES, BLOCK_R, TOKENS], gl.float32, layout=MMA)
+    up = acc
+    for i in range(count):
+        stage = i % STAGES
+        bar = bars.index(stage)
+        mbarrier.wait(bar, (i // STAGES) & 1)
+        acc = _product(ring.index(stage * HALVES), xs.index(stage * X_HALVES), acc, MMA)
+        if GATED:
+            w, x = ring.index(stage * 2 + 1), xs.index(stage * X_HALVES + X_HALVES - 1)
+            up = _product(w, x, up, MMA)
+        # Every warp has read what the next copies write over.
+        barrier()
+        j = i + STAGES
+        if j < count:
+            mbarrier.expect(bar, BYTES)
+            _copy(W, W_END, ring, bar, j, stage, row, which, K, K_up, COUNT, HALVES, TAIL)
+            _copy(X, X_END, xs, bar, j, stage, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
+
+    y = activate(gl.convert_layout(gl.sum(acc, axis=0), OUT) + bias[:, None], ACT)
+    if GATED:
+        y *= gl.convert_layout(gl.sum(up, axis=0), OUT) + bias_up[:, None]
+    y += res
+    gl.store(Y + (column + rows)[:, None] + m[None, :] * stride_ym, y.to(dtype), mask=inside)
+
+
+@jit
+def _copy(
+    maps,
+    ends,
+    ring,
+    bar,
+    i,
+    stage,
+    row,
+    which,
+    K,
+    K_up,
+    COUNT: gl.constexpr,
+    HALVES: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Starts the copies of block i of the columns of some rows into a stage of the ring."""
+    if HALVES == 2:
+        _copy_one(maps, ends, 0, ring.index(stage * 2), bar, i, row, K, TAIL)
+        _copy_one(maps, ends, 1, ring.index(stage * 2 + 1), bar, i, row, K_up, TAIL)
+    elif COUNT == 1:
+        _copy_one(maps, ends, 0, ring.index(stage), bar, i, row, K, TAIL)
+    else:
+        for j in gl.static_range(COUNT):
+            if which == j:
+                _copy_one(maps, ends, j, ring.index(stage), bar, i, row, K, TAIL)
+
+
+@jit
+def _copy_one(maps, ends, j: gl.constexpr, into, bar, i, row, K, TAIL: gl.constexpr):
+    PIECES: gl.constexpr = into.shape[0]
+    if TAIL:
+        if (i + 1) * (PIECES * 64) > K:
+            for p in gl.static_range(PIECES):
+                at = [0, row, (i * PIECES + p) * 64]
+                tma.async_copy_global_to_shared(ends[j], at, bar, into.slice(p, 1, dim=0))
+        else:
+            tma.async_copy_global_to_shared(maps[j], [i * PIECES, row, 0], bar, into)
+    else:
+        tma.async_copy_global_to_shared(maps[j], [i * PIECES, row, 0], bar, into)
+
+
+@jit
+def _product(w, x, acc, MMA: gl.constexpr):
+    """`[PIECES, BLOCK_R, TOKENS]` sums of a block of columns added to `acc`."""
+    a = w.load(gl.DotOperandLayout(0, MMA, 2))
+    b = x.permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
+    return mma_v2(a, b, acc)

@@ -1,0 +1,199 @@
+"""The kernel that streams weights for a few tokens: which products it takes, and on a GPU that they are right."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from harness import assert_close
+from opcases import gapped, gapped_weights, made, watch_streamed
+
+from fsvd_compile.kernels import (
+    _stream,
+    _stream_few,
+    _triton,
+    _tuning,
+    expand_reference,
+    expand_triton,
+    shrink_reference,
+    shrink_triton,
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+# The result is rounded, and so is x behind a norm, as eager rounds it.
+LIMITS = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+
+def taken(tokens=8, k=4096, rows=1024, dtype=torch.bfloat16, op="expand", layout="row", **of):
+    offset, wider, at, width = (of.get(n, 0) for n in ("offset", "wider", "at", "width"))
+    x = torch.empty(tokens * (k + wider) + offset, dtype=dtype)[offset:].view(tokens, k + wider)
+    weight = torch.empty(rows, k - at, dtype=dtype)
+    return _stream_few.takes(op, x[:, : k + width], [weight], [at], layout)
+
+
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_what_is_taken(hopper, monkeypatch):
+    assert taken() and taken(dtype=torch.float16) and taken(op="shrink") and taken(k=4104)
+    assert taken(tokens=64) and not taken(tokens=65)
+    assert not taken(dtype=torch.float32)
+    assert not taken(layout="col")
+    assert not taken(k=4100) and not taken(k=4095)  # rows of whole 16 bytes only, of x as well
+    assert taken(wider=8) and not taken(wider=4)
+    assert not taken(offset=1)
+    assert taken(at=16) and not taken(at=4)  # where a block starts in the latent
+    assert taken(k=64, rows=20000) and not taken(k=56, rows=20000)
+    assert not taken(rows=128) and not taken(k=576, rows=49152, op="shrink")  # too little
+    assert taken(rows=1023) and not taken(op="shrink", rows=1023)  # ranks of whole 16 bytes only
+    same = torch.empty(1, 4096, dtype=torch.bfloat16).expand(8, 4096)
+    weight = torch.empty(1024, 4096, dtype=torch.bfloat16)
+    assert not _stream_few.takes("expand", same, [weight], [0], "row")
+    assert not _stream_few.takes(
+        "expand", torch.empty(4096, 8).bfloat16().t(), [weight], [0], "row"
+    )
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
+        monkeypatch.setattr(_triton, "capability", lambda device, c=capability: c)
+        assert not taken()
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("tokens", (3, 8, 9, 32, 64))
+def test_tiles_fit(hopper, tokens, gated):
+    sizes = itertools.product((64, 576, 1488, 4096, 11008), (100, 1024, 11008, 128256))
+    for (k, rows), op in itertools.product(sizes, ("shrink", "expand")):
+        launch = _tuning.Launch(op, "few", k, rows, tokens, 2, "row", gated)
+        tile = _tuning.linear_tile(launch, torch.device("cpu"))
+        used = _stream_few.shared_bytes(
+            tile.block_r, tile.block_k, tile.block_m, tile.num_stages, gated
+        )
+        assert used <= 232448, (k, rows, tile)
+        assert tile.block_m >= tokens and tile.block_m >= 8 and tile.block_r >= 16
+        assert tile.num_warps * _stream.PIECE <= tile.block_k
+        assert 1 <= tile.num_stages <= -(-k // tile.block_k)
+
+
+def test_measured_tiles_and_the_rule(hopper):
+    def tile(**of):
+        launch = _tuning.Launch("shrink", "few", 4096, 1024, 8, 2)._replace(**of)
+        return _tuning.linear_tile(launch, torch.device("cpu"))
+
+    assert tile() == _tuning.Tile(16, 512, 4, 8, 6)
+    assert tile(tokens=5) == tile() and tile(tokens=9).block_m == 16
+    head = {"rows": 32000}  # no row of a table is as long
+    assert [tile(**head, tokens=n).block_r for n in (8, 16, 32, 64)] == [16, 32, 64, 64]
+    assert tile(k=2048, rows=300, tokens=64).block_r == 16  # few rows go to many programs
+
+
+def test_candidates_are_possible():
+    from fsvd_compile.bench import tune
+
+    for gated, tokens in itertools.product((False, True), (8, 64)):
+        tiles = tune.candidates(
+            _tuning.Launch("expand", "few", 1488, 11008, tokens, 2, gated=gated)
+        )
+        assert len(tiles) > 4 and len(set(tiles)) == len(tiles)
+        for t in tiles:
+            assert t.block_m == tokens and 64 * t.num_warps <= t.block_k and t.num_stages <= 12
+            used = _stream_few.shared_bytes(t.block_r, t.block_k, t.block_m, t.num_stages, gated)
+            assert used <= 232448
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="streamed on compute capability 9.0 only",
+)
+class TestGpu:
+    @pytest.fixture(autouse=True)
+    def _always(self, monkeypatch):
+        """Small weights, too; and a launch that went elsewhere is an error."""
+        self.launched = watch_streamed(monkeypatch, _stream_few, 4)
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("norm", ("none", "rms"))
+    @pytest.mark.parametrize("tokens", (3, 13, 50))
+    @pytest.mark.parametrize("k", (64, 1000, 1488, 4096))
+    @pytest.mark.parametrize("rows", ((8,), (1024, 1032), (64, 8, 16, 808)))
+    def test_shrink(self, poisoned, rows, k, tokens, norm, dtype):
+        weights = gapped_weights(rows, (k,) * len(rows), dtype)
+        biases = [made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        g = made(k, dtype=dtype) if norm != "none" else None
+        args = gapped(tokens, k, dtype), weights, biases, norm, g, None, 1e-5
+        args += (1.0 if norm == "rms" else 0.0,)
+        assert_close("y", shrink_triton(*args), shrink_reference(*args), LIMITS[dtype])
+        assert len(self.launched) == 1
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("residual", (False, True))
+    @pytest.mark.parametrize("tokens", (8, 33, 64))
+    @pytest.mark.parametrize(
+        ("rows", "ranks", "act"),
+        (
+            ((4096, 1000, 1001), (1024, 1000, 264), "none"),
+            ((4097,), (1488,), "gelu"),
+            ((333,), (64,), "gelu_tanh"),
+            ((777,), (2048,), "relu"),
+            ((1111, 1111), (1488, 520), "silu_mul"),
+            ((1111, 1111), (72, 1024), "gelu_mul"),
+            ((11008, 11008), (1024, 1024), "gelu_tanh_mul"),
+            ((5, 6, 7, 8, 9), (256, 320, 328, 1000, 3000), "silu"),
+        ),
+    )
+    def test_expand(self, poisoned, rows, ranks, act, tokens, residual, dtype):
+        offsets = [8 + sum(ranks[:i]) + 8 * i for i in range(len(ranks))]
+        z = gapped(tokens, offsets[-1] + ranks[-1] + 8, dtype)
+        biases = [made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
+        n = rows[0] if act.endswith("_mul") else sum(rows)
+        res = made(n, tokens, dtype=dtype).t() if residual else None
+        args = z, gapped_weights(rows, ranks, dtype), biases, offsets, res, act
+        assert_close("y", expand_triton(*args), expand_reference(*args), LIMITS[dtype])
+        assert len(self.launched) == -(-len(rows) // 4)
+
+    def test_gate_and_up_of_one_input(self):
+        z, w = gapped(8, 1488), gapped_weights((1000, 1000), (1488, 1488))
+        for offsets in ([0, 0], [0, 8]):
+            ws = [w[0], w[1][:, : 1488 - offsets[1]]]
+            args = z, ws, [None, None], offsets, None, "silu_mul"
+            assert_close("y", expand_triton(*args), expand_reference(*args), 6e-3)
+        assert len(self.launched) == 2
+
+    @pytest.mark.parametrize("stages", (1, 2, 3, 8))
+    @pytest.mark.parametrize("block_k", (128, 256, 512))
+    @pytest.mark.parametrize(("block_r", "warps"), ((16, 2), (16, 4), (32, 2), (64, 4), (128, 2)))
+    def test_tiles(self, block_r, warps, block_k, stages):
+        if warps * 64 > block_k or (block_r + 8) * block_k * stages * 2 > 220_000:
+            pytest.skip("no such tile")
+        tile = _tuning.Tile(block_r, block_k, warps, 8, stages)
+        w, x = gapped_weights((1031,), (2120,)), gapped(11, 2120)  # more tokens than one tile has
+        with _tuning.forced(tile):
+            y = expand_triton(x, w, [None], [0])
+        assert self.launched == [tile]
+        assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
+
+    def test_pdl_is_bitwise(self):
+        x, w, g = made(8, 4096), gapped_weights((1024,) * 3, (4096,) * 3), made(4096)
+        on, off = (shrink_triton(x, w, [None] * 3, "rms", g, pdl=pdl) for pdl in (True, False))
+        assert torch.equal(on, off) and len(self.launched) == 2
+
+    def test_what_is_not_finite_stays_where_it_is(self):
+        """In its own token, block and column: what a copy takes too much of is 0."""
+        w = gapped_weights((64, 64), (1488, 1000))
+        z = made(8, 2488)
+        z[2, 1488:] = float("inf")  # the second block of one token
+        w[0][5] = float("inf")
+        y = expand_triton(z, w, [None] * 2, [0, 1488])
+        finite = torch.isfinite(y)
+        expected = torch.ones_like(finite)
+        expected[2, 64:] = False
+        expected[:, 5] = False
+        assert torch.equal(finite, expected) and len(self.launched) == 1
+
+    def test_weights_changed_in_place_in_a_graph(self):
+        x, w = made(8, 4096), gapped_weights((1024,), (4096,))
+        graph = torch.cuda.CUDAGraph()
+        expand_triton(x, w, [None], [0])
+        with torch.cuda.graph(graph):
+            y = expand_triton(x, w, [None], [0])
+        w[0].mul_(-2)
+        graph.replay()
+        assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
