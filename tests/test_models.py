@@ -141,7 +141,7 @@ def test_many_prompt_lengths_and_batches(cheap):
     assert counted(reports[-1]) == LLAMA | {"attention": 2}
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mlp"])
+@pytest.mark.parametrize("name", ["qwen2", "mlp"])
 def test_dynamic_from_the_first_call(cheap, name):
     """`dynamic=True` makes inputs of a model's floats, too: an epsilon is fixed where a norm is fused."""
     model = zoo.factorized(name)
