@@ -97,7 +97,7 @@ def test_decode_end_to_end(tmp_path, capsys):
     model = decode.build(decode.Setting(), 0.5)
     table = model.get_input_embeddings().weight
     read = 4 * (sum(p.numel() for p in model.parameters()) - table.numel())
-    read += 4 * 2 * 4 * 4 * 32 * 8  # keys and values: layers, KV heads, head size, tokens
+    read += 2 * 2 * 4 * 4 * 32 * 8  # keys and values: layers, KV heads, head size, tokens
     for entry in rows.values():
         found = entry["conditions"]
         expected = {

@@ -29,7 +29,7 @@ def generate(model, **kwargs):
 
 @pytest.fixture
 def model():
-    return zoo.factorized("llama")
+    return zoo.factorized("llama", layers=1)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def model(request, monkeypatch):
         monkeypatch.setattr(kept_cache, "_fits", lambda *args, **kwargs: True)
     monkeypatch.setattr(kept_cache, "SHORTEST", 16)
     torch._dynamo.reset()
-    yield zoo.factorized("llama").to(request.param)
+    yield zoo.factorized("llama", layers=1).to(request.param)
     torch._dynamo.reset()
 
 

@@ -141,10 +141,16 @@ SPELLINGS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def factorized(name: str, spelling: str = "sequential") -> nn.Module:
-    """A model of the zoo with every linear but the head factorized by plain SVD, ranks odd and different."""
+def factorized(name: str, spelling: str = "sequential", layers: int | None = None) -> nn.Module:
+    """A model of the zoo with every linear but the head factorized by plain SVD, ranks odd and different.
+
+    Dynamo traces every layer, which is most of a test's time: `layers=1` (llama) where more show nothing.
+    """
     torch.manual_seed(7)
     model = MODELS[name]()
+    if layers is not None:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for path, module in list(model.named_modules()):
         if not isinstance(module, (nn.Linear, Conv1D)) or module is head:

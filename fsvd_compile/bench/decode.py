@@ -44,7 +44,7 @@ MODELS = {
         "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     },
     "tiny": {
-        "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+        "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4,
     },
 }  # fmt: skip
