@@ -45,6 +45,7 @@ LINEARS = {
     "down expand": ("expand", MLP, HIDDEN, False),
 }
 NAMES = (*LINEARS, "attention")
+attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
 tokens = 1
 
@@ -90,7 +91,8 @@ def main() -> None:
             }
         )
         print(f"{name:<15} {before} -> {tiles[name]}  {best:.2f} us", flush=True)
-    print(f"at last {layer_us(layers):.2f} us a layer, linears alone {layer_us(layers, False):.2f}")
+    linears = layer_us(layers, False)
+    print(f"at last {layer_us(layers):.2f} us a layer, linears alone {linears:.2f}")
     print(tiles)
     if args.json:
         where = bench.conditions(
@@ -103,7 +105,13 @@ def main() -> None:
         )
         with open(args.json, "w") as file:
             json.dump(
-                {"conditions": where, "tiles": tiles, "us_per_layer": best, "tried": tried},
+                {
+                    "conditions": where,
+                    "tiles": tiles,
+                    "us_per_layer": best,
+                    "us_linears": linears,
+                    "tried": tried,
+                },
                 file,
                 indent=1,
             )
@@ -128,7 +136,15 @@ def begin(count: int) -> None:
     tokens = count
     for name in LINEARS:
         tiles[name] = _tuning._linear_tile(asked(name), torch.device("cuda", 0))
-    tiles["attention"] = (32, 8 if tokens == 1 else 1, 4, 3)
+    tiles["attention"] = attention_rule(
+        batch=tokens,
+        kv_heads=HEADS,
+        group=1,
+        length=CACHE,
+        dim=HEAD,
+        itemsize=2,
+        device=torch.device("cuda", 0),
+    )[1:]
 
 
 def candidates(name: str) -> list[tuple]:

@@ -53,7 +53,7 @@ class Stream(BaseStreamer):
 def model(request, monkeypatch):
     if request.param == "cpu":  # seconds less; the loop does not care for what runs the graph
         request.getfixturevalue("cheap")
-    return zoo.factorized("llama", layers=1).to(request.param)
+    return zoo.factorized("llama").to(request.param)
 
 
 @pytest.fixture

@@ -36,8 +36,7 @@ ERRORS = {2: 4e-3, 4: 1e-5}  # relative RMS to fp32; rounding to bf16 alone is 2
 THREAD_BYTES = range(32, _tuning.THREAD_BYTES + 1)
 # Elements of weight a program of `_stream` requests at once: 16 to 64 KB.
 STREAM = range(8 << 10, (32 << 10) + 1)
-
-# The same of `_stream_few`, x included: 32 to 112 KB.
+# The same of `_stream_few`, x included: 32 to 176 KB.
 FEW = range(16 << 10, (88 << 10) + 1)
 
 
@@ -142,11 +141,13 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> Ite
         possible = set(itertools.compress(jobs, pool.map(_fits, jobs, chunksize=4)))
     for launch in launches:
         case = Case(launch)
-        before = case.us(_tuning.linear_tile(launch, case.x.device))
+        current = _tuning.linear_tile(launch, case.x.device)
+        before = case.us(current)
         times = {t: case.us(t) for t in candidates(launch) if (launch, t) in possible}
         if not times:
             say(f"{launch}: no candidate fits into this GPU's shared memory")
             continue
+        times.setdefault(current, before)  # where no candidate is faster it stays
         ordered = dict(sorted(times.items(), key=lambda item: item[1]))
         yield Found(launch, ordered, before, case.replayed(case.library), case.bytes)
 
@@ -195,7 +196,7 @@ def candidates(launch: Launch) -> list[Tile]:
         tiles = [
             Tile(rows, block_k, warps, launch.block_m, stages)
             for rows, warps, block_k, stages in itertools.product(
-                (16, 32, 64), (2, 4, 8), (128, 256, 512), (2, 3, 4, 6, 8)
+                (16, 32, 64), (2, 4, 8), (128, 256, 512), (1, 2, 3, 4, 6, 8)
             )
             if 64 * warps <= block_k and stages <= _triton.cdiv(launch.k, block_k)
         ]

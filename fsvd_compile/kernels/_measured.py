@@ -121,9 +121,9 @@ def _check_row(row: dict, kernel: str) -> None:
     ):
         raise ValueError("a block of the streamed kernel that no copy or no warp holds")
     if kernel == "few" and not (
-        16 <= row["block_r"] <= 256 and 64 * row["num_warps"] <= row["block_k"] <= 16384
+        16 <= row["block_r"] <= 128 and 64 * row["num_warps"] <= row["block_k"] <= 1024
     ):
-        raise ValueError("a block of the streamed kernel that no copy or no warp holds")
+        raise ValueError("a block of the streamed kernel for few tokens that no program holds")
     for name in ("gated", "shifted"):
         if not isinstance(row[name], bool):
             raise ValueError(f"{name} {row[name]!r}")

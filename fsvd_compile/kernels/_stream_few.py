@@ -54,9 +54,12 @@ def takes(
     )
 
 
-def shared_bytes(block_r: int, block_k: int, tokens: int, stages: int, gated: bool) -> int:
-    """Shared memory of a program; the sums of its warps are added in what the ring leaves."""
-    return 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1) + 1024
+def shared_bytes(
+    block_r: int, block_k: int, tokens: int, num_warps: int, stages: int, gated: bool
+) -> int:
+    """Shared memory of a program: its ring, or the sums of its warps once that is done with."""
+    ring = 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1)
+    return max(ring, 4 * num_warps * block_r * tokens) + 1024
 
 
 def launch(

@@ -187,7 +187,7 @@ def _stream_tile(launch: Launch, measured: list[int] | None, device: torch.devic
 
 
 def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
-    """The measured (rows, columns, warps, stages) where they fit, or 64 KB on their way a program.
+    """The measured (rows, columns, warps, stages) where they fit, or two blocks and 64 KB on their way a program.
 
     x is read once a program, so there are more rows than tokens in one where that leaves two to a multiprocessor:
     32000 rows of 4096, 32 tokens: 69.8 us with 64 rows, 77.4 with 16; 8 tokens: 63.1 with 16, 63.9 with 32 (H200).
@@ -195,8 +195,8 @@ def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) 
     halves = 2 if launch.gated else 1
     block_r = 32 if launch.gated else 16
     most = launch.rows // (2 * _triton.multiprocessors(device))
-    # Sums of gate and up for 64 rows and 64 tokens are more than the registers of a warp.
-    most = min(most, 2048 // launch.block_m if launch.gated else most)
+    # A warp keeps the sums of all rows and tokens, of gate and of up: 128 registers a thread at most.
+    most = min(most, 4096 // launch.block_m // halves)
     while block_r < 2 * launch.block_m and 2 * block_r <= most:
         block_r *= 2
     block_k = 128 if launch.gated or block_r > 32 else 256
@@ -204,7 +204,9 @@ def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) 
     rule = [block_r, block_k, 2, max(2, 64 * 1024 // (column * block_k))]
     for block_r, block_k, num_warps, stages in [measured or rule, rule, [16, 128, 2, 1]]:
         for fewer in range(min(stages, cdiv(launch.k, block_k)), 0, -1):
-            used = _stream_few.shared_bytes(block_r, block_k, launch.block_m, fewer, launch.gated)
+            used = _stream_few.shared_bytes(
+                block_r, block_k, launch.block_m, num_warps, fewer, launch.gated
+            )
             if used <= _triton.shared_memory(device):
                 return Tile(block_r, block_k, num_warps, launch.block_m, fewer)
     raise AssertionError(f"no tile of the streamed kernel for few tokens fits: {launch}")
@@ -294,9 +296,11 @@ def decode_attention_tile(
     over 8192 tokens, the kernel and its combine alone: 32 splits of 64 rows 16.7 us (7.4 at the read limit), 16
     such 20.9, 48 such 18.1, 32 of 32 rows 20.4.
 
-    Where there is a program for each place and more, several blocks lie in each place: a layer of 8 sequences of 32
-    heads with 512 tokens 87.6 us with 128 rows, four warps and one block on its way, 91.8 with 32 rows and two blocks;
-    one of 16 sequences 113.5 with 64 rows and two warps, 123.9; one of 32 163.1, 175.8; one of 64 287.1, 306.6.
+    Where there is a program for each place and more, in 16-bit types: a layer of 8 sequences of 32 heads with 512
+    tokens takes 86.6 us with 128 rows, four warps and one block on its way, 89.3 with 32 rows and two blocks; one of 16
+    sequences 111.8 with 64 rows, two warps and one block, 120.7; one of 32 161.0, 173.7; one of 64 268.1, 286.4
+    (bench/results/tune_layer_few8_h200.json and so on; 64 rows, two splits and four warps took 0.7 and 3.5 us less of
+    the last two).
 
     Args:
         group: Query heads of one KV head.
@@ -306,7 +310,7 @@ def decode_attention_tile(
     narrow = dim * itemsize <= 256 and dim % 8 == 0
     block_n = 16 if not narrow else 32 if group == 1 else 64
     wanted = 2 * _triton.multiprocessors(device) // (batch * kv_heads)
-    if narrow and group == 1 and wanted <= 1:
+    if narrow and itemsize == 2 and group == 1 and wanted <= 1:
         return AttentionTile(1, 128, 1, 4, 2) if wanted == 1 else AttentionTile(1, 64, 1, 2, 2)
     splits = max(1, min(wanted, cdiv(length, block_n), 64))
     return AttentionTile(1, block_n, splits, num_warps=4 if narrow else 8, num_stages=3)

@@ -379,7 +379,7 @@ def decode_attention_triton(
 
     Args:
         pdl: Programmatic dependent launch (sm_90 and later).
-        read_ahead: Copy the first two blocks before the kernels in front are complete. They may be
+        read_ahead: Copy the first blocks before the kernels in front are complete. They may be
             many: each is launched when the one before it has started. So between whatever wrote the
             caches last and this launch there must be a kernel without dependent launch, or the
             boundary of a CUDA graph.

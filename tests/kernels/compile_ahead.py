@@ -130,12 +130,14 @@ def attention(tokens, dim, dtype=BF16, mask=None, splits=None, group=4, dv=None)
     return run
 
 
-def decode_attention(heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=None, dv=None):
+def decode_attention(
+    heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=None, dv=None, batch=1
+):
     def run(pdl):
-        q = torch.empty(1, heads, 1, dim, dtype=dtype)
-        k = torch.empty(1, kv_heads, 1, dim, dtype=dtype)
-        v = torch.empty(1, kv_heads, 1, dv or dim, dtype=dtype)
-        caches = [torch.empty(1, kv_heads, 4096, t.shape[3], dtype=dtype) for t in (k, v)]
+        q = torch.empty(batch, heads, 1, dim, dtype=dtype)
+        k = torch.empty(batch, kv_heads, 1, dim, dtype=dtype)
+        v = torch.empty(batch, kv_heads, 1, dv or dim, dtype=dtype)
+        caches = [torch.empty(batch, kv_heads, 4096, t.shape[3], dtype=dtype) for t in (k, v)]
         table = torch.empty(1, 1, dim)
         m = None if mask is None else torch.empty(1, 1, 1, 4096, dtype=mask)
         at = torch.empty(1, dtype=torch.int64)
@@ -203,6 +205,9 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
         yield f"attention-d{dim}", attention(1, dim, mask=torch.bool)
         yield f"decode-attention-d{dim}", decode_attention(8, 8, dim)
         yield f"decode-attention-gqa-d{dim}", decode_attention(32, 8, dim)
+    for batch in (8, 16):
+        yield f"decode-attention-batch-{batch}", decode_attention(32, 32, 128, batch=batch)
+    yield "expand-many-rows-m64", expand(64, (49152,), (1024,))
     yield "decode-attention-one-split", decode_attention(8, 8, 128, splits=1)
     yield "decode-attention-dv", decode_attention(16, 8, 192, dv=128)
     yield "attention-one-split", attention(1, 128, mask=torch.bool, splits=1)

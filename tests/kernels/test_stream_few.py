@@ -26,10 +26,10 @@ LIMITS = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
 def taken(tokens=8, k=4096, rows=1024, dtype=torch.bfloat16, op="expand", layout="row", **of):
-    offset, wider, at, width = (of.get(n, 0) for n in ("offset", "wider", "at", "width"))
+    offset, wider, at = (of.get(n, 0) for n in ("offset", "wider", "at"))
     x = torch.empty(tokens * (k + wider) + offset, dtype=dtype)[offset:].view(tokens, k + wider)
     weight = torch.empty(rows, k - at, dtype=dtype)
-    return _stream_few.takes(op, x[:, : k + width], [weight], [at], layout)
+    return _stream_few.takes(op, x[:, :k], [weight], [at], layout)
 
 
 @pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
@@ -64,9 +64,12 @@ def test_tiles_fit(hopper, tokens, gated):
         launch = _tuning.Launch(op, "few", k, rows, tokens, 2, "row", gated)
         tile = _tuning.linear_tile(launch, torch.device("cpu"))
         used = _stream_few.shared_bytes(
-            tile.block_r, tile.block_k, tile.block_m, tile.num_stages, gated
+            tile.block_r, tile.block_k, tile.block_m, tile.num_warps, tile.num_stages, gated
         )
         assert used <= 232448, (k, rows, tile)
+        pieces = tile.block_k // _stream.PIECE // tile.num_warps
+        sums = (2 if gated else 1) * pieces * tile.block_r * tile.block_m // 32
+        assert sums <= 128, ("registers a thread", k, rows, tile)
         assert tile.block_m >= tokens and tile.block_m >= 8 and tile.block_r >= 16
         assert tile.num_warps * _stream.PIECE <= tile.block_k
         assert 1 <= tile.num_stages <= -(-k // tile.block_k)
@@ -94,7 +97,9 @@ def test_candidates_are_possible():
         assert len(tiles) > 4 and len(set(tiles)) == len(tiles)
         for t in tiles:
             assert t.block_m == tokens and 64 * t.num_warps <= t.block_k and t.num_stages <= 12
-            used = _stream_few.shared_bytes(t.block_r, t.block_k, t.block_m, t.num_stages, gated)
+            used = _stream_few.shared_bytes(
+                t.block_r, t.block_k, t.block_m, t.num_warps, t.num_stages, gated
+            )
             assert used <= 232448
 
 

@@ -176,6 +176,18 @@ def test_a_row_of_the_streamed_kernel_is_used(own):
     assert found == _tuning.Tile(4, 512, 4, 1, 3)
 
 
+def test_a_row_of_the_streamed_kernel_for_few_tokens_is_used(own, monkeypatch):
+    monkeypatch.setattr(
+        tune, "conditions", lambda device: dict.fromkeys(("device", "torch", "triton"), "x")
+    )
+    launch = _tuning.Launch("expand", "few", 300, 700, 9, 2, gated=True)
+    chosen = _tuning.Tile(64, 128, 2, 16, 2)
+    assert _tuning.linear_tile(launch, CPU) != chosen
+    tune.keep([found_tile(launch, chosen)], own)
+    assert _tuning.linear_tile(launch, CPU) == chosen
+    assert _tuning.linear_tile(launch._replace(tokens=8), CPU) != chosen  # another tile of tokens
+
+
 @pytest.mark.interpret
 def test_what_one_weight_would_take_another_kernel_for_is_not_tuned():
     for kernel, same in (("gemv", True), ("stream", False)):
@@ -260,3 +272,15 @@ def test_decode_attention_programs_fit_side_by_side(batch, kv_heads, group, h200
         batch=batch, kv_heads=kv_heads, group=group, length=10, dim=128, itemsize=2, device=CPU
     )
     assert short.splits == 1
+
+
+def test_decode_attention_of_many_sequences(h200):
+    def tile(batch, group=1, itemsize=2, dim=128):
+        return _tuning.decode_attention_tile(
+            batch=batch, kv_heads=32, group=group, length=1024, dim=dim, itemsize=itemsize, device=CPU
+        )  # fmt: skip
+
+    assert tile(8) == _tuning.AttentionTile(1, 128, 1, 4, 2)
+    assert tile(16) == tile(64) == _tuning.AttentionTile(1, 64, 1, 2, 2)
+    for other in (tile(8, itemsize=4), tile(16, dim=256), tile(16, group=4), tile(1)):
+        assert other.num_stages == 3  # measured for heads of their own in 16-bit types only
