@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -133,16 +133,12 @@ def _linear_tile(launch: Launch, device: torch.device) -> Tile:
         # A GPU of the same capability with less shared memory takes a shorter tile than was measured.
         found = (row[name] for name in _measured.TILES["skinny"])
         return _skinny(launch, *found, shared)
-    if launch.kernel == "stream":
+    if launch.kernel in ("stream", "few"):
+        few = launch.kernel == "few"
         if capability is not None:
-            row = _measured.nearest(launch, 1, capability)
-        found = None if row is None else [row[name] for name in _measured.TILES["stream"]]
-        return _stream_tile(launch, found, device)
-    if launch.kernel == "few":
-        if capability is not None:
-            row = _measured.nearest(launch, launch.block_m, capability)
-        found = None if row is None else [row[name] for name in _measured.TILES["few"]]
-        return _few_tile(launch, found, device)
+            row = _measured.nearest(launch, launch.block_m if few else 1, capability)
+        found = [] if row is None else [[row[name] for name in _measured.TILES[launch.kernel]]]
+        return (_few_tile if few else _stream_tile)(launch, found, device)
     # Two tokens of a gated pair are four accumulators; in a loop over K those made the LLVM of
     # Triton 3.6 abort, so there each token has its own program.
     tokens = 1 if launch.gated and not whole else min(launch.tokens, 2)
@@ -170,23 +166,22 @@ def _gemv_rule(launch: Launch, tokens: int, sms: int) -> Tile:
     return Tile(block_r, block_k, num_warps, tokens)
 
 
-def _stream_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
+def _stream_tile(launch: Launch, measured: list[list[int]], device: torch.device) -> Tile:
     """The measured (rows, columns, warps, stages) where they fit, or 48 KB of weights on their way a program."""
     halves = 2 if launch.gated else 1
     block_r = 8 // halves if cdiv(launch.rows, 8) >= 2 * _triton.multiprocessors(device) else 4
     block_k = 512 if launch.k > 1024 else 256
     rule = [block_r, block_k, 4, max(1, 48 * 1024 // (2 * block_r * block_k * halves))]
-    for block_r, block_k, num_warps, stages in [measured or rule, rule]:
-        for fewer in range(min(stages, cdiv(launch.k, block_k)), 0, -1):
-            used = _stream.shared_bytes(
-                launch.k, block_r, block_k, fewer, launch.gated, launch.norm
-            )
-            if used <= _triton.shared_memory(device):
-                return Tile(block_r, block_k, num_warps, 1, fewer)
-    raise AssertionError(f"no tile of the streamed kernel fits: {launch}")
+
+    def used(tile: Tile) -> int:
+        return _stream.shared_bytes(
+            launch.k, tile.block_r, tile.block_k, tile.num_stages, launch.gated, launch.norm
+        )
+
+    return _fitting(launch, [*measured, rule], 1, used, device)
 
 
-def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) -> Tile:
+def _few_tile(launch: Launch, measured: list[list[int]], device: torch.device) -> Tile:
     """The measured (rows, columns, warps, stages) where they fit, or two blocks and 64 KB on their way a program.
 
     x is read once a program, so there are more rows than tokens in one where that leaves two to a multiprocessor:
@@ -202,14 +197,29 @@ def _few_tile(launch: Launch, measured: list[int] | None, device: torch.device) 
     block_k = 128 if launch.gated or block_r > 32 else 256
     column = 2 * (block_r + launch.block_m) * halves
     rule = [block_r, block_k, 2, max(2, 64 * 1024 // (column * block_k))]
-    for block_r, block_k, num_warps, stages in [measured or rule, rule, [16, 128, 2, 1]]:
+
+    def used(tile: Tile) -> int:
+        return _stream_few.shared_bytes(
+            tile.block_r, tile.block_k, tile.block_m, tile.num_warps, tile.num_stages, launch.gated
+        )
+
+    return _fitting(launch, [*measured, rule, [16, 128, 2, 1]], launch.block_m, used, device)
+
+
+def _fitting(
+    launch: Launch,
+    choices: list[list[int]],
+    block_m: int,
+    used: Callable[[Tile], int],
+    device: torch.device,
+) -> Tile:
+    """The first of (rows, columns, warps, stages) that fits shared memory, with fewer stages if need be."""
+    for block_r, block_k, num_warps, stages in choices:
         for fewer in range(min(stages, cdiv(launch.k, block_k)), 0, -1):
-            used = _stream_few.shared_bytes(
-                block_r, block_k, launch.block_m, num_warps, fewer, launch.gated
-            )
-            if used <= _triton.shared_memory(device):
-                return Tile(block_r, block_k, num_warps, launch.block_m, fewer)
-    raise AssertionError(f"no tile of the streamed kernel for few tokens fits: {launch}")
+            tile = Tile(block_r, block_k, num_warps, block_m, fewer)
+            if used(tile) <= _triton.shared_memory(device):
+                return tile
+    raise AssertionError(f"no tile of a streamed kernel fits: {launch}")
 
 
 def _skinny_rule(launch: Launch, shared: int) -> Tile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fsvd_compile.kernels import _stream
@@ -41,6 +42,12 @@ def gapped(rows: int, k: int, dtype=torch.bfloat16, scale: float = 1.0) -> torch
 
 def gapped_weights(rows, ks, dtype=torch.bfloat16) -> list[torch.Tensor]:
     return [gapped(n, k, dtype, k**-0.5) for n, k in zip(rows, ks, strict=True)]
+
+
+streamed_only = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="streamed on compute capability 9.0 only",
+)
 
 
 def watch_streamed(monkeypatch, module, tile: int) -> list:

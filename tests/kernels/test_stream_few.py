@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from harness import assert_close
-from opcases import gapped, gapped_weights, made, watch_streamed
+from opcases import gapped, gapped_weights, made, streamed_only, watch_streamed
 
 from fsvd_compile.kernels import (
     _stream,
@@ -104,10 +104,7 @@ def test_candidates_are_possible():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="streamed on compute capability 9.0 only",
-)
+@streamed_only
 class TestGpu:
     @pytest.fixture(autouse=True)
     def _always(self, monkeypatch):
