@@ -170,6 +170,7 @@ def decode_loop(
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
+    step = _Step(model, model_kwargs)
     with model._optimize_model_for_decode():
         while not results.finished_before():
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -187,12 +188,7 @@ def decode_loop(
             results.send(unfinished, tokens)
             if limit is not None and input_ids.shape[1] >= limit:
                 break
-            inputs = model.prepare_inputs_for_generation(
-                input_ids,
-                next_sequence_length=1 if model_kwargs["use_cache"] else None,
-                **model_kwargs,
-            )
-            outputs = forward(**inputs, return_dict=True)
+            outputs = forward(**step.inputs(input_ids, model_kwargs), return_dict=True)
     results.finished_before()  # the streamer gets what is still coming
     kept_cache.keep(model, model_kwargs.get("past_key_values"))
     if streamer is not None:
@@ -205,6 +201,65 @@ def _shows_cache(model: Any, config: Any, model_kwargs: dict[str, Any]) -> bool:
     if config.return_dict_in_generate or model.config.is_encoder_decoder:
         return True
     return any(getattr(value, "_is_user_defined", False) for value in model_kwargs.values())
+
+
+class _Step:
+    """The inputs of decode steps, with one attention mask for all of them where that is possible.
+
+    For a static cache transformers builds the mask of every step from nothing: 15 kernels and a fifth of the loop's
+    Python. Over full attention a step's mask is the one before with the new token's column shown, as padding lies in
+    the prompt. So the first step's is transformers', and a column of it is written in each later one. That needs a
+    cache of `kept_cache`, which starts empty and has no windows, and transformers' own way to prepare inputs.
+    """
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
+        from transformers import GenerationMixin
+
+        self.model = model
+        prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+        # A prompt of embeddings has a length that the tokens do not tell.
+        self._possible = (
+            prepare is GenerationMixin.prepare_inputs_for_generation
+            and not hasattr(model, "create_masks_for_generate")
+            and kept_cache.is_ours(model_kwargs.get("past_key_values"))
+            and model_kwargs.get("inputs_embeds") is None
+        )
+        self._given: Any = None  # as the model takes it: the mask, or the one of a dict
+        self._mask: torch.Tensor | None = None
+
+    def inputs(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the next forward call; may take the mask of tokens out of `model_kwargs`.
+
+        Args:
+            input_ids: The tokens so far, int64 `[batch, length]`.
+            model_kwargs: transformers' state of the loop.
+        """
+        if self._mask is not None:
+            # A replay or kernel that reads the mask of the step before was launched before this write.
+            self._mask[..., input_ids.shape[1] - 1] = self._mask.dtype == torch.bool
+            inputs = self._prepared(input_ids, attention_mask=self._mask, **model_kwargs)
+            return inputs | {"attention_mask": self._given}
+        inputs = self._prepared(input_ids, **model_kwargs)
+        if self._possible:
+            self._given = inputs.get("attention_mask")
+            alone = isinstance(self._given, dict) and self._given.keys() == {"full_attention"}
+            mask = self._given["full_attention"] if alone else self._given
+            if isinstance(mask, torch.Tensor) and mask.shape == (
+                len(input_ids),
+                1,
+                1,
+                mask.shape[-1],
+            ):
+                self._mask = mask
+                model_kwargs.pop("attention_mask", None)
+        return inputs
+
+    def _prepared(self, input_ids: torch.Tensor, **model_kwargs: Any) -> dict[str, Any]:
+        return self.model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=1 if model_kwargs["use_cache"] else None,
+            **model_kwargs,
+        )
 
 
 class _Results:

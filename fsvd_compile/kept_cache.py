@@ -101,10 +101,14 @@ def take(
 
 def keep(model: Any, cache: Any) -> None:
     """Lets the model's next `take` have the cache, if `take` made it. Nobody may use it any more."""
-    layout = getattr(cache, "_fsvd_layout", None)
-    if layout is not None:
+    if is_ours(cache):
         with _lock:
-            _kept[model] = layout, cache
+            _kept[model] = cache._fsvd_layout, cache
+
+
+def is_ours(cache: Any) -> bool:
+    """Whether `take` made a cache: all of its layers attend to everything, and it was empty."""
+    return getattr(cache, "_fsvd_layout", None) is not None
 
 
 def forget() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 import zoo
 from transformers import (
     GenerationConfig,
@@ -53,7 +54,7 @@ class Stream(BaseStreamer):
 def model(request, monkeypatch):
     if request.param == "cpu":  # seconds less; the loop does not care for what runs the graph
         request.getfixturevalue("cheap")
-    return zoo.factorized("llama").to(request.param)
+    return zoo.factorized("llama", layers=1).to(request.param)
 
 
 @pytest.fixture
@@ -144,6 +145,74 @@ def test_left_padding(model):
     kwargs = settings(model, attention_mask=mask)
     expected = model.generate(ids, **kwargs)
     assert torch.equal(model.generate(ids, **kwargs, custom_generate=decode_loop), expected)
+
+
+def seen_masks(model, ids, **kwargs):
+    """(the tokens, the attention mask of every forward call by layer type, how many were built)."""
+    masks = []
+
+    def hook(module, args, kwargs):
+        given = kwargs.get("attention_mask")
+        given = given if isinstance(given, dict) else {"": given}
+        masks.append({name: mask.clone() for name, mask in given.items() if mask is not None})
+
+    with pytest.MonkeyPatch.context() as patch:
+        built = []
+        plain = transformers.generation.utils.create_masks_for_generate
+        patch.setattr(
+            transformers.generation.utils,
+            "create_masks_for_generate",
+            lambda *args, **more: built.append(1) or plain(*args, **more),
+        )
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        tokens = model.generate(ids, **kwargs)
+        handle.remove()
+    return tokens, masks, len(built)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "once"),
+    [
+        ("llama", "sdpa", True),
+        ("llama", "eager", True),  # an additive mask
+        ("qwen3", "sdpa", True),
+        ("gemma2", "eager", False),  # a window moves
+    ],
+)
+def test_one_mask_for_all_steps(name, attention, once):
+    """Equal to what transformers builds for each step: the prompt's and the first step's are its own."""
+    model = zoo.factorized(name)
+    model.set_attn_implementation(attention)
+    ids = prompts(model, 3)
+    padding = torch.ones_like(ids)
+    padding[0, :3] = padding[1, :1] = 0
+    kwargs = settings(model, cache_implementation="static", attention_mask=padding)
+    _, first, _ = seen_masks(model, ids, **kwargs, custom_generate=decode_loop)  # makes the cache
+    length = next(iter(first[0].values())).shape[-1]
+    tokens, masks, built = seen_masks(model, ids, **kwargs, custom_generate=decode_loop)
+    expected, theirs, _ = seen_masks(model, ids, **kwargs)
+    assert torch.equal(tokens, expected)
+    assert built == (2 if once else NEW)
+    assert len(masks) == len(theirs) == NEW
+    for mine, wanted in zip(masks, theirs, strict=True):
+        assert mine.keys() == wanted.keys()
+        for key, mask in mine.items():
+            shown = wanted[key].shape[-1]
+            assert torch.equal(mask[..., :shown], wanted[key]), key
+            hidden = mask[..., shown:]
+            assert (
+                length >= shown
+                and not (hidden if hidden.dtype == torch.bool else hidden == 0).any()
+            )
+
+
+def test_a_model_that_prepares_its_own_inputs_is_asked_every_step(monkeypatch):
+    model = zoo.factorized("llama")
+    plain = type(model).prepare_inputs_for_generation
+    own = lambda self, *args, **kwargs: plain(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", own)
+    kwargs = settings(model, cache_implementation="static", custom_generate=decode_loop)
+    assert seen_masks(model, prompts(model), **kwargs)[2] == NEW
 
 
 def test_one_call_too_many_only_where_a_sequence_ends_early(model):
