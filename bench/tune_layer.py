@@ -26,6 +26,7 @@ from fsvd_compile.kernels import (
     _tuning,
     decode_attention_triton,
     expand_triton,
+    mask_reach,
     shrink_triton,
 )
 from fsvd_compile.kernels._tuning import AttentionTile, Launch
@@ -206,6 +207,7 @@ class Layer:
         self.table = torch.randn(1, 1, HEAD, device="cuda")
         self.position = torch.tensor([CONTEXT], device="cuda")
         self.mask = (torch.arange(CACHE, device="cuda") <= CONTEXT)[None, None, None]
+        self.reach = mask_reach(self.mask, CACHE)
 
     def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
         z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
@@ -214,7 +216,7 @@ class Layer:
         if attention:
             y = decode_attention_triton(
                 q, k, v, self.table, self.table, *self.caches, self.position, self.mask, HEAD**-0.5,
-                pdl=True, read_ahead=True,
+                self.reach, pdl=True, read_ahead=True,
             ).transpose(1, 2).reshape(tokens, 1, HIDDEN)  # fmt: skip
         z = shrink_triton(y[..., :HIDDEN], self.o[0], [None], pdl=True)
         x = expand_triton(z, self.o[1], [None], [0], x, pdl=True)

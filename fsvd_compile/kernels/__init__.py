@@ -18,6 +18,7 @@ from fsvd_compile.kernels.decode_attention import (
     decode_attention_aten,
     decode_attention_reference,
     decode_attention_triton,
+    mask_reach,
 )
 from fsvd_compile.kernels.expand import expand_aten, expand_reference, expand_triton
 from fsvd_compile.kernels.rope_append import (
@@ -37,6 +38,7 @@ __all__ = [
     "expand_aten",
     "expand_reference",
     "expand_triton",
+    "mask_reach",
     "rope_append_aten",
     "rope_append_reference",
     "rope_append_triton",

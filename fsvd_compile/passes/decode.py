@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from fsvd_compile.passes.graph import shape, storage, written_by
+from fsvd_compile.kernels import mask_reach
+from fsvd_compile.passes.graph import emit, shape, storage, written_by
 from fsvd_compile.passes.ops import Attention, DecodeAttention, RopeAppend, emit_op, read
 from fsvd_compile.passes.pattern import Match
 from fsvd_compile.passes.rewrite import Context, Rewrite
@@ -39,8 +40,28 @@ def _decode_attention_guard(match: Match, context: Context) -> str | None:
 
 
 def _replace_decode_attention(match: Match, graph: Graph) -> Node:
-    op = DecodeAttention(*match["append"], match["attention"].mask, match["attention"].scale)
+    attention, append = match["attention"], match["append"]
+    reach = _reach(match, graph, attention.mask, shape(append.k_cache)[2])
+    op = DecodeAttention(*append, attention.mask, attention.scale, reach)
     return emit_op(graph, match.root, match.root, op)
+
+
+def _reach(match: Match, graph: Graph, mask: Node | None, length: int) -> Node | None:
+    """How far a mask reaches, found once for all layers that share it; None for a mask of one layer.
+
+    It stands where the mask comes from, in front of the layers, so that these stay alike.
+    """
+    if mask is None or match.memory.any(mask) is not None:
+        return None
+    for user in mask.users:
+        if user.target is mask_reach and user.args[1] == length:
+            return user
+    if sum(read(user, Attention) is not None for user in mask.users) < 2:
+        return None
+    before = mask.next
+    while before.op in ("placeholder", "get_attr"):
+        before = before.next
+    return emit(graph, before, mask, mask_reach, mask, length)
 
 
 DECODE: tuple[Rewrite, ...] = (

@@ -187,6 +187,21 @@ def _replace_matmul(match: Match, graph: Graph) -> Node:
     return emit(graph, match.root, match.root, F.linear, match["x"], weight, None)
 
 
+def _outer_guard(match: Match, context: Context) -> str | None:
+    """Saves a kernel or two: one product an element can be fused with what surrounds it, a matrix product cannot.
+
+    RoPE's table is such a product, of frequencies and positions.
+    """
+    x, y = match["x"], match["y"]
+    if min(len(shape(x)), len(shape(y))) < 2 or shape(x)[-1] != 1 or shape(y)[-2] != 1:
+        return "sums over more than one product"
+    return None
+
+
+def _replace_outer(match: Match, graph: Graph) -> Node:
+    return emit(graph, match.root, match.root, torch.mul, match["x"], match["y"])
+
+
 def _bias_guard(match: Match, context: Context) -> str | None:
     """Saves an elementwise pass; only a vector that is added to every row alike."""
     bias, weight = match["b"], match["w"]
@@ -416,6 +431,14 @@ NORMALIZE: tuple[Rewrite, ...] = (
         Call("matmul", input=Var("x"), other=Var("w")),
         _replace_matmul,
         _matmul_guard,
+        quiet=True,
+    ),
+    Rewrite(
+        "outer",
+        "x @ y over one product, [..., n, 1] @ [..., 1, m] -> x · y",
+        Call("matmul", input=Var("x"), other=Var("y")),
+        _replace_outer,
+        _outer_guard,
         quiet=True,
     ),
     Rewrite(

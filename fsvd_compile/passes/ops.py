@@ -71,6 +71,7 @@ class DecodeAttention(NamedTuple):
     position: Node
     mask: Node | None
     scale: float
+    reach: Node | None = None
 
 
 _TARGETS = {

@@ -141,8 +141,21 @@ def decode_attention(
         table = torch.empty(1, 1, dim)
         m = None if mask is None else torch.empty(1, 1, 1, 4096, dtype=mask)
         at = torch.empty(1, dtype=torch.int64)
+        reach = torch.empty((), dtype=torch.int64) if mask is torch.bool else None
         decode_attention_triton(
-            q, k, v, table, table, *caches, at, m, 0.1, pdl=pdl, read_ahead=pdl, splits=splits
+            q,
+            k,
+            v,
+            table,
+            table,
+            *caches,
+            at,
+            m,
+            0.1,
+            reach,
+            pdl=pdl,
+            read_ahead=pdl,
+            splits=splits,
         )
 
     return run

@@ -13,6 +13,7 @@ from fsvd_compile.kernels import (
     decode_attention_aten,
     decode_attention_reference,
     decode_attention_triton,
+    mask_reach,
 )
 
 OP = torch.ops.fsvd.decode_attention.default
@@ -93,6 +94,68 @@ def test_positions(mask, position, poisoned):
         n = torch.arange(130)
         args[8] = ((n <= position) if mask == "causal" else (n >= position - 1))[None, None, None]
     check(lambda *a: decode_attention_triton(*a, splits=3), args, 2e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("position", (0, 63, 64, 129))
+@pytest.mark.parametrize("mask", ONE_TOKEN[1:])
+def test_reach(mask, position, poisoned):
+    """What is known of the mask beforehand changes nothing, whether the position promises less or more."""
+    args = case((2, 4, 2, 130, 16, 16), mask, position=position)
+    reach = mask_reach(args[8], 130)
+    check(lambda *a: decode_attention_triton(*a, reach, splits=3), args, 2e-6)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("splits", (1, 2))
+def test_what_the_mask_does_not_reach_is_not_looked_at(splits, poisoned):
+    """Not even the mask itself: a promise, kept by who calls."""
+    args = list(case((1, 2, 2, 1100, 16, 16), "none", position=60))
+    args[8] = (torch.arange(1100) <= 60)[None, None, None]
+    expected = decode_attention_reference(*args)[0]
+    reach = mask_reach(args[8], 1100)
+    assert reach.item() == 61
+    args[8] = args[8].clone()
+    args[8][..., 64:] = True
+    args[5][:, :, 64:] = args[6][:, :, 64:] = float("nan")
+    assert_close("o", decode_attention_triton(*args, reach, splits=splits), expected, 2e-6)
+    assert decode_attention_triton(*args, splits=splits).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "reach"),
+    [
+        (torch.tensor([[True, False, True, False]]), 4, 3),
+        (
+            torch.tensor([[True, False, False], [False, True, False]])[:, None, None],
+            3,
+            2,
+        ),  # by sequence
+        (torch.tensor([[False, True], [True, False]])[None, :, None], 2, 2),  # by head
+        (
+            torch.tensor([[0.0, float("-inf"), -1e30, float("-inf")]]),
+            4,
+            3,
+        ),  # what is small is shown
+        (torch.zeros(1, 5, dtype=torch.bool), 5, 0),
+        (torch.ones(1, 1, dtype=torch.bool), 7, 7),  # one value for all rows
+    ],
+)
+def test_mask_reach(mask, length, reach):
+    found = mask_reach(mask, length)
+    assert (found.dtype, found.item()) == (torch.int64, reach)
+
+
+@pytest.mark.parametrize("given", ("int32", "two", "no mask"))
+def test_reach_is_checked(given):
+    args = list(case((1, 2, 2, 20, 16, 16)))
+    reach = torch.zeros(2 if given == "two" else 1, dtype=torch.int32 if given == "int32" else None)
+    if given == "no mask":
+        args[8], reach = None, reach.long()
+    elif given == "two":
+        reach = reach.long()
+    with pytest.raises(FactorError, match="mask_reach"):
+        decode_attention_aten(*args, reach)
 
 
 @pytest.mark.interpret

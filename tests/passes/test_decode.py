@@ -222,6 +222,40 @@ def test_without_a_mask():
     assert rewrite(step, *args, device="cuda").only()["decode_attention"] == 1
 
 
+def two_layers(other_mask=False, written=False):
+    """Two caches under one mask."""
+
+    def fn(q, k, v, cos, sin, k_cache, v_cache, position, mask, k_next, v_next):
+        y = step(q, k, v, cos, sin, k_cache, v_cache, position, mask)
+        if written:
+            mask.logical_not_()
+        late = mask.logical_not() if other_mask else mask
+        return step(y, k, v, cos, sin, k_next, v_next, position, late)
+
+    args = operands()
+    args[8] = args[8].contiguous()
+    return fn, [*args, *(c.clone() for c in args[5:7])]
+
+
+def test_how_far_a_mask_reaches_is_found_once_for_all_layers():
+    fn, args = two_layers()
+    result = rewrite(fn, *args, device="cuda")
+    assert result.only()["decode_attention"] == 2
+    assert result.after["mask_reach"] == 1
+    ops = [n for n in result.graph.nodes if "fsvd.decode_attention" in str(n.target)]
+    (reach,) = {n.args[10] for n in ops}
+    assert reach.args == (ops[0].args[8], S)
+    assert reach < min(n for n in result.graph.nodes if n.op == "call_function" and n is not reach)
+
+
+@pytest.mark.parametrize("how", ({"other_mask": True}, {"written": True}))
+def test_how_far_a_mask_of_one_layer_reaches_is_not_worth_a_kernel(how):
+    fn, args = two_layers(**how)
+    result = rewrite(fn, *args, device="cuda")
+    assert result.only()["decode_attention"] == 2
+    assert "mask_reach" not in result.after
+
+
 def test_several_tokens_keep_two_operations():
     result = rewrite(step, *operands(rows=3))
     assert result.only() == {"rope_append": 1, "attention": 1}

@@ -369,6 +369,28 @@ ROWS = {
 }
 
 
+# name -> (function, shapes of its arguments, how many are rewritten)
+OUTER = {
+    "table of RoPE": (lambda f, p: (f @ p).transpose(1, 2), ((2, 7, 1), (2, 1, 5)), 1),
+    "batch is broadcast": (torch.matmul, ((3, 1, 7, 1), (2, 1, 5)), 1),
+    "matrices": (lambda x, y: torch.mm(x, y * 2), ((7, 1), (1, 5)), 1),
+    "a weight": (torch.mm, ((7, 1), (1, 5)), 0),  # a linear layer
+    "one row": (torch.matmul, ((2, 1, 1), (2, 1, 5)), 1),
+    "two products": (torch.matmul, ((2, 7, 2), (2, 2, 5)), 0),
+    "a vector": (torch.matmul, ((1,), (2, 1, 5)), 0),
+    "a sum over rows": (torch.matmul, ((7, 1), (1,)), 0),
+}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_outer(name):
+    fn, shapes, count = OUTER[name]
+    result = rewrite(fn, *(torch.randn(s) for s in shapes))
+    assert result.matches.get("outer", 0) == count
+    left = result.after["matmul"] + result.after["mm"] + result.after["linear"]
+    assert left == (count == 0)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name):
     fn, count, reshapes = ROWS[name]
