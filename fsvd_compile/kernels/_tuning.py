@@ -301,9 +301,10 @@ def decode_attention_tile(
 ) -> AttentionTile:
     """Programs that are all side by side: one more would wait for the first to end.
 
-    On an H200 in bf16, LLaMA-7B with 512 tokens in a cache of 1024, a whole layer: 8 splits of 32 rows and four
-    warps 65.3 us, 12 such 66.0, 8 of 64 rows 70.8, two warps a program 67.7. For 8 KV heads of four query heads
-    over 8192 tokens, the kernel and its combine alone: 32 splits of 64 rows 16.7 us (7.4 at the read limit), 16
+    On an H200 in bf16, LLaMA-7B with 512 tokens in a cache of 1024, a whole layer: 8 splits of 64 rows, four warps and
+    one block on its way 59.6 us, none 59.3 (a longer text would wait for each), 32 rows and two blocks 60.3, eight
+    warps 61.6, two 62.9, 4 splits 60.8 (`python bench/tune_layer.py` tries such tiles). For 8 KV heads of four query
+    heads over 8192 tokens, the kernel and its combine alone: 32 splits of 64 rows 16.7 us (7.4 at the read limit), 16
     such 20.9, 48 such 18.1, 32 of 32 rows 20.4.
 
     Where there is a program for each place and more, in 16-bit types: a layer of 8 sequences of 32 heads with 512
@@ -318,9 +319,10 @@ def decode_attention_tile(
         dim: The wider of the two head dims.
     """
     narrow = dim * itemsize <= 256 and dim % 8 == 0
-    block_n = 16 if not narrow else 32 if group == 1 else 64
+    alone = narrow and itemsize == 2 and group == 1
+    block_n = 16 if not narrow else 64 if alone or group > 1 else 32
     wanted = 2 * _triton.multiprocessors(device) // (batch * kv_heads)
-    if narrow and itemsize == 2 and group == 1 and wanted <= 1:
+    if alone and wanted <= 1:
         return AttentionTile(1, 128, 1, 4, 2) if wanted == 1 else AttentionTile(1, 64, 1, 2, 2)
     splits = max(1, min(wanted, cdiv(length, block_n), 64))
-    return AttentionTile(1, block_n, splits, num_warps=4 if narrow else 8, num_stages=3)
+    return AttentionTile(1, block_n, splits, 4 if narrow else 8, num_stages=2 if alone else 3)

@@ -290,11 +290,11 @@ def _decode_attention(
             k_new = _rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
             new_at = V_NEW + batch * stride_wb + kv_head * stride_wh + e * stride_wd
             v_new = tl.load(new_at, mask=e < DV, other=0.0).to(V.dtype.element_ty)
-        here = tl.where(start + at_n != position, bias, float("-inf"))
+        bias = tl.where(start + at_n != position, bias, float("-inf"))
+        top, total, acc = _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET)
         if turn + 1 < turns:
             row = start + step + at_n
             bias = _bias(mask_at, row, row < filled, stride_mn, MASK_KIND)
-        top, total, acc = _absorb(q, k, v, here, scale, top, total, acc, INTERPRET)
 
     if position != guess:
         # What was read is not what is there, nor all of it.

@@ -255,6 +255,9 @@ class TestGpu:
     def test_op(self, dims, heads, mask):
         args = case((2, *heads, 1500, *dims), mask, dtype=torch.bfloat16, device="cuda")
         check(OP, args, 1e-2)
+        if mask != "none":
+            reach = mask_reach(args[8], 1500)
+            check(lambda *a: OP(*a, reach), args, 1e-2)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
     @pytest.mark.parametrize("shape", SHAPES)
@@ -270,6 +273,8 @@ class TestGpu:
         if mask != "none":
             n = torch.arange(4096, device="cuda")
             args[8] = ((n <= position) if mask == "causal" else (n >= position))[None, None, None]
+            reach = mask_reach(args[8], 4096)
+            check(lambda *a: OP(*a, reach), args, 1e-2)
         check(OP, args, 1e-2)
 
     @pytest.mark.parametrize("heads", ((32, 32), (32, 8)))
@@ -282,7 +287,8 @@ class TestGpu:
             results.append(decode_attention_triton(*args, pdl=pdl, splits=splits))
         assert torch.equal(*results)
 
-    def test_many_steps_in_a_graph(self):
+    @pytest.mark.parametrize("reaching", (True, False))
+    def test_many_steps_in_a_graph(self, reaching):
         """Dependent launches one behind the other, each appending a row that the next ones read."""
         make = {"dtype": torch.bfloat16, "device": "cuda"}
         args = list(case((1, 8, 2, 256, 128, 128), "none", position=0, **make))
@@ -291,10 +297,13 @@ class TestGpu:
         positions = [rows[i : i + 1] for i in range(64)]
         masks = [(rows <= i)[None, None, None] for i in range(64)]
         wide = [c.double() for c in args[5:7]]
-        OP(*args)
+        OP(*args, mask_reach(args[8], 256))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outs = [OP(*args[:7], p, m, args[9]) for p, m in zip(positions, masks, strict=True)]
+            outs = [
+                OP(*args[:7], p, m, args[9], mask_reach(m, 256) if reaching else None)
+                for p, m in zip(positions, masks, strict=True)
+            ]
         args[0].normal_()
         args[1].normal_()
         graph.replay()
