@@ -107,6 +107,16 @@ def _contiguous_already(match: Match, context: Context) -> str | None:
     return None if val(match["x"]).is_contiguous() else "is a copy"
 
 
+def _takes_all(match: Match, context: Context) -> str | None:
+    """Free: `x[:, 0:]` is a view of everything. Language models slice like that in front of the head."""
+    x, root = match["x"], match.root
+    if val(x) is None or val(root) is None or storage(x) != storage(root):
+        return "is a copy"
+    same = same_shape(shape(x), shape(root)) and same_shape(val(x).stride(), val(root).stride())
+    start = same_size(val(x).storage_offset(), val(root).storage_offset())
+    return None if same and start else "takes a part"
+
+
 def _evaluates(match: Match, context: Context) -> str | None:
     """Free when dropout does nothing."""
     arguments_ = arguments(match.root)
@@ -400,6 +410,14 @@ NORMALIZE: tuple[Rewrite, ...] = (
         Call("contiguous", input=Var("x")),
         _source,
         _contiguous_already,
+        quiet=True,
+    ),
+    Rewrite(
+        "slice",
+        "a slice that takes everything -> its input",
+        Call("getitem", input=Var("x")),
+        _source,
+        _takes_all,
         quiet=True,
     ),
     Rewrite(

@@ -369,6 +369,31 @@ ROWS = {
 }
 
 
+# name -> (function of x [3, 5, 37], how many slices go)
+SLICES = {
+    "all": (lambda x: x.sin()[:, 0:, :].cos(), 1),
+    "ellipsis": (lambda x: x.sin()[...] + 1, 1),
+    "to the end": (lambda x: x.sin()[:, -9:].cos(), 1),
+    "returned": (lambda x: x.sin()[:], 1),
+    "of an input": (lambda x: x[:, :5].cos(), 1),
+    "written through": (lambda x: x.sin()[:].add_(1), 1),
+    "a part": (lambda x: x.sin()[:, 1:].cos(), 0),
+    "a step": (lambda x: x.sin()[:, ::2].cos(), 0),
+    "another dimension": (lambda x: x.sin()[:, None].cos(), 0),
+    "rows by number": (lambda x: x.sin()[[0, 1, 2]].cos(), 0),
+    "one of equal ones": (lambda x: x.sin()[:1].expand(4, 5, K)[1:].cos(), 0),
+    "the first of one": (lambda x: x.sin()[:1][0].cos(), 0),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slice(name):
+    fn, count = SLICES[name]
+    result = rewrite(fn, torch.randn(3, 5, K))
+    assert result.matches.get("slice", 0) == count
+    assert result.before["getitem"] - result.after["getitem"] == count
+
+
 # name -> (function, shapes of its arguments, how many are rewritten)
 OUTER = {
     "table of RoPE": (lambda f, p: (f @ p).transpose(1, 2), ((2, 7, 1), (2, 1, 5)), 1),
