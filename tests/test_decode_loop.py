@@ -17,7 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from fsvd_compile import generate
-from fsvd_compile.generate import decode_loop
+from fsvd_compile.generate import _processed, decode_loop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NEW = 9
@@ -213,6 +213,34 @@ def test_a_model_that_prepares_its_own_inputs_is_asked_every_step(monkeypatch):
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", own)
     kwargs = settings(model, cache_implementation="static", custom_generate=decode_loop)
     assert seen_masks(model, prompts(model), **kwargs)[2] == NEW
+
+
+class Wanting(LogitsProcessor):
+    def __call__(self, input_ids, scores, more):
+        return scores
+
+
+class Halved(LogitsProcessorList):
+    def __call__(self, input_ids, scores, **kwargs):
+        return super().__call__(input_ids, scores, **kwargs) / 2
+
+
+def test_processors():
+    tokens, scores = torch.tensor([[1, 2]]), torch.randn(1, 9)
+    two = LogitsProcessorList([Shifted(), Shifted()])
+    processed = _processed(two)
+    assert processed is not two
+    assert torch.equal(processed(tokens, scores), two(tokens, scores))
+    assert torch.equal(_processed(LogitsProcessorList())(tokens, scores), scores)
+    with pytest.MonkeyPatch.context() as patch:  # transformers looks each up again
+        patch.setattr(transformers.generation.logits_process, "inspect", None)
+        processed(tokens, scores)
+        with pytest.raises(AttributeError):
+            two(tokens, scores)
+    own = Halved([Shifted()])
+    assert _processed(own) is own
+    with pytest.raises(ValueError, match="Wanting"):
+        _processed(LogitsProcessorList([Shifted(), Wanting()]))(tokens, scores)
 
 
 def test_one_call_too_many_only_where_a_sequence_ends_early(model):
