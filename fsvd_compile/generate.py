@@ -218,24 +218,31 @@ def _processed(processors: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.
     return lambda tokens, scores: functools.reduce(lambda s, p: p(tokens, s), processors, scores)
 
 
+def _is_of(owner: type, model: Any, name: str) -> bool:
+    """Whether a model's method is the one of `owner`, not overridden by a class or on the model itself."""
+    return getattr(getattr(model, name), "__func__", None) is getattr(owner, name)
+
+
 class _Step:
     """The inputs of decode steps, with one attention mask for all of them where that is possible.
 
     For a static cache transformers builds the mask of every step from nothing: 15 kernels and a fifth of the loop's
     Python. Over full attention a step's mask is the one before with the new token's column shown, as padding lies in
     the prompt. So the first step's is transformers', and a column of it is written in each later one. That needs a
-    cache of `kept_cache`, which starts empty and has no windows, and transformers' own way to prepare inputs.
+    cache of `kept_cache`, which starts empty and has no windows, transformers' own functions for masks, inputs and
+    state, and a prompt that is as long as its mask. Who changes a mask in a hook finds it changed in the next step.
     """
 
     def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
         from transformers import GenerationMixin
 
         self.model = model
-        prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+        own = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
         # A prompt of embeddings has a length that the tokens do not tell.
         self._possible = (
-            prepare is GenerationMixin.prepare_inputs_for_generation
+            all(_is_of(GenerationMixin, model, name) for name in own)
             and not hasattr(model, "create_masks_for_generate")
+            and kept_cache.plain_masks(model)
             and kept_cache.is_ours(model_kwargs.get("past_key_values"))
             and model_kwargs.get("inputs_embeds") is None
         )
@@ -255,16 +262,13 @@ class _Step:
             inputs = self._prepared(input_ids, attention_mask=self._mask, **model_kwargs)
             return inputs | {"attention_mask": self._given}
         inputs = self._prepared(input_ids, **model_kwargs)
-        if self._possible:
+        shown = model_kwargs.get("attention_mask")
+        if self._possible and (shown is None or shown.shape == input_ids.shape):
             self._given = inputs.get("attention_mask")
             alone = isinstance(self._given, dict) and self._given.keys() == {"full_attention"}
             mask = self._given["full_attention"] if alone else self._given
-            if isinstance(mask, torch.Tensor) and mask.shape == (
-                len(input_ids),
-                1,
-                1,
-                mask.shape[-1],
-            ):
+            wanted = (len(input_ids), 1, 1)
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[:3] == wanted:
                 self._mask = mask
                 model_kwargs.pop("attention_mask", None)
         return inputs

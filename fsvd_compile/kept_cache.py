@@ -117,13 +117,16 @@ def forget() -> None:
         _kept.clear()
 
 
+def plain_masks(model: Any) -> bool:
+    """Whether attention gets its mask from transformers' own functions for SDPA and eager attention, and no ALiBi."""
+    config = model.config.get_text_config(decoder=True)
+    own = config._attn_implementation in ("sdpa", "eager")
+    return own and not getattr(config, "alibi", False)
+
+
 def _static_pays(model: Any) -> bool:
     """Whether a static cache is captured and works as a dynamic one does."""
-    config = model.config.get_text_config(decoder=True)
-    masked = config._attn_implementation in ("sdpa", "eager") and not getattr(
-        config, "alibi", False
-    )
-    return model.device.type == "cuda" and model._can_compile_fullgraph and masked
+    return model.device.type == "cuda" and model._can_compile_fullgraph and plain_masks(model)
 
 
 def _fits(layout: _Layout, heads: int | list[int], size: int | list[int], layers: int) -> bool:

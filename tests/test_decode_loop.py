@@ -15,6 +15,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fsvd_compile import generate
 from fsvd_compile.generate import _processed, decode_loop
@@ -206,13 +208,41 @@ def test_one_mask_for_all_steps(name, attention, once):
             )
 
 
-def test_a_model_that_prepares_its_own_inputs_is_asked_every_step(monkeypatch):
+@pytest.mark.parametrize(
+    "name", ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+)
+def test_a_model_with_inputs_of_its_own_is_asked_every_step(monkeypatch, name):
     model = zoo.factorized("llama")
-    plain = type(model).prepare_inputs_for_generation
+    plain = getattr(type(model), name)
     own = lambda self, *args, **kwargs: plain(self, *args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", own)
+    monkeypatch.setattr(type(model), name, own)
     kwargs = settings(model, cache_implementation="static", custom_generate=decode_loop)
     assert seen_masks(model, prompts(model), **kwargs)[2] == NEW
+
+
+def _farther_is_less(*args, **kwargs):
+    mask = eager_mask(*args, **kwargs)
+    return mask + torch.arange(mask.shape[-1]) / 10
+
+
+def test_masks_that_somebody_registered_are_built_every_step(monkeypatch):
+    """Their columns differ by more than whether they are shown."""
+    model = zoo.factorized("llama")
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, "farther", _farther_is_less)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "farther", attend)
+    model.set_attn_implementation("farther")
+    kwargs = settings(model, cache_implementation="static")
+    assert seen_masks(model, prompts(model), **kwargs, custom_generate=decode_loop)[2] == NEW
+
+
+def test_a_mask_that_goes_beyond_the_prompt_is_transformers(model):
+    """As it hides what comes behind the prompt, which tokens are written to."""
+    ids = prompts(model)
+    shown = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
+    kwargs = settings(model, cache_implementation="static", attention_mask=shown)
+    expected = model.generate(ids, **kwargs)
+    assert torch.equal(model.generate(ids, **kwargs, custom_generate=decode_loop), expected)
 
 
 class Wanting(LogitsProcessor):

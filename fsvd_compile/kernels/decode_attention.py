@@ -2,7 +2,7 @@
 
 It computes `fsvd::rope_append` and then `fsvd::attention`. Apart, the cache can be requested only after
 the append has finished, and three short kernels stand one behind the other; here every program copies its
-first two blocks of K and V to shared memory while the projection before it still runs, and takes the new
+first blocks of K and V to shared memory while the projection before it still runs, and takes the new
 token's row from the projection instead of from the cache.
 """
 
@@ -87,7 +87,7 @@ def mask_reach(mask: Tensor, length: int) -> Tensor:
     """int64 scalar: one more than the last of `length` rows that a mask shows to any head of any sequence, 0 for none.
 
     Args:
-        mask: As for `fsvd::attention`; its last dimension is `length` or 1.
+        mask: As for `fsvd::attention`, not empty; its last dimension is `length` or 1.
     """
     shown = mask if mask.dtype == torch.bool else mask > float("-inf")
     rows = torch.arange(1, length + 1, device=mask.device)
@@ -406,7 +406,7 @@ def decode_attention_triton(
 ) -> Tensor:
     """`decode_attention_aten` by a split-KV kernel, and a second one that combines the splits.
 
-    Programs over KV split, KV head and sequence. A program copies K and V two blocks ahead, as far as
+    Programs over KV split, KV head and sequence. A program copies K and V blocks ahead, as far as
     `position` says the cache is filled; what the mask shows beyond that is read late (hidden rows of a
     block that is read must be finite, as in eager). The products run on tensor cores, where rows of the
     tile that have no query head repeat the first; q is rounded to its dtype after RoPE, as in

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.fx import Graph, Node
 
 from fsvd_compile.kernels import mask_reach
-from fsvd_compile.passes.graph import emit, shape, storage, written_by
+from fsvd_compile.passes.graph import emit, same_size, shape, storage, written_by
 from fsvd_compile.passes.ops import Attention, DecodeAttention, RopeAppend, emit_op, read
 from fsvd_compile.passes.pattern import Match
 from fsvd_compile.passes.rewrite import Context, Rewrite
@@ -52,6 +52,8 @@ def _reach(match: Match, graph: Graph, mask: Node | None, length: int) -> Node |
     It stands where the mask comes from, in front of the layers, so that these stay alike.
     """
     if mask is None or match.memory.any(mask) is not None:
+        return None
+    if any(same_size(n, 0) for n in shape(mask)):
         return None
     for user in mask.users:
         if user.target is mask_reach and user.args[1] == length:

@@ -200,11 +200,21 @@ def _replace_matmul(match: Match, graph: Graph) -> Node:
 def _outer_guard(match: Match, context: Context) -> str | None:
     """Saves a kernel or two: one product an element can be fused with what surrounds it, a matrix product cannot.
 
-    RoPE's table is such a product, of frequencies and positions.
+    RoPE's table is such a product, of frequencies and positions. Equal but for the sign of zeros.
     """
-    x, y = match["x"], match["y"]
-    if min(len(shape(x)), len(shape(y))) < 2 or shape(x)[-1] != 1 or shape(y)[-2] != 1:
+    x, y, product = val(match["x"]), val(match["y"]), val(match.root)
+    if min(x.dim(), y.dim()) < 2 or not same_size(x.shape[-1], 1):
         return "sums over more than one product"
+    if not product.dtype.is_floating_point:
+        return f"a product of {product.dtype}"
+    with torch.no_grad():
+        strides = torch.mul(x, y).stride()
+    # A matrix product is contiguous, this one lies as its factors do.
+    if not all(
+        same_size(n, 1) or same_size(a, b)
+        for n, a, b in zip(product.shape, strides, product.stride(), strict=True)
+    ):
+        return "the factors are transposed"
     return None
 
 

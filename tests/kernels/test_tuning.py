@@ -283,5 +283,11 @@ def test_decode_attention_of_many_sequences(h200):
     assert tile(8) == _tuning.AttentionTile(1, 128, 1, 4, 2)
     assert tile(16) == tile(64) == _tuning.AttentionTile(1, 64, 1, 2, 2)
     assert tile(1) == _tuning.AttentionTile(1, 64, 8, 4, 2)
-    for other in (tile(8, itemsize=4), tile(16, dim=256), tile(16, group=4), tile(1, itemsize=4)):
+    for other in (
+        tile(8, itemsize=4),
+        tile(16, dim=256),
+        tile(16, group=4),
+        tile(1, itemsize=4),
+        tile(2),
+    ):
         assert other.num_stages == 3  # measured for heads of their own in 16-bit types only

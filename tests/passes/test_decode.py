@@ -256,6 +256,12 @@ def test_how_far_a_mask_of_one_layer_reaches_is_not_worth_a_kernel(how):
     assert "mask_reach" not in result.after
 
 
+def test_how_far_a_mask_of_no_sequence_reaches():
+    fn, args = two_layers()
+    args = [a if a.dim() < 4 or a.shape[0] == 1 else a[:0] for a in args]
+    assert "mask_reach" not in rewrite(fn, *args, device="cuda").after
+
+
 def test_several_tokens_keep_two_operations():
     result = rewrite(step, *operands(rows=3))
     assert result.only() == {"rope_append": 1, "attention": 1}

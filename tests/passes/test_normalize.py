@@ -369,6 +369,18 @@ ROWS = {
 }
 
 
+def test_outer_of_sizes_that_depend_on_data():
+    def fn(x, w):
+        rows = x[0].nonzero().squeeze(1)
+        return x[:, rows] @ w[rows]
+
+    x, w = torch.eye(3, 5), torch.randn(5, 4)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        compiled = torch.compile(fn, backend="flashsvd", fullgraph=True)
+        assert torch.allclose(compiled(x, w), fn(x, w))
+
+
 # name -> (function of x [3, 5, 37], how many slices go)
 SLICES = {
     "all": (lambda x: x.sin()[:, 0:, :].cos(), 1),
@@ -394,6 +406,12 @@ def test_slice(name):
     assert result.before["getitem"] - result.after["getitem"] == count
 
 
+def _transposed_factor(x, y):
+    z = x.transpose(1, 2).unsqueeze(-1) @ y
+    z.view(-1)[:3] = 7  # a view of what is contiguous
+    return z
+
+
 # name -> (function, shapes of its arguments, how many are rewritten)
 OUTER = {
     "table of RoPE": (lambda f, p: (f @ p).transpose(1, 2), ((2, 7, 1), (2, 1, 5)), 1),
@@ -401,6 +419,9 @@ OUTER = {
     "matrices": (lambda x, y: torch.mm(x, y * 2), ((7, 1), (1, 5)), 1),
     "a weight": (torch.mm, ((7, 1), (1, 5)), 0),  # a linear layer
     "one row": (torch.matmul, ((2, 1, 1), (2, 1, 5)), 1),
+    "transposed factor": (_transposed_factor, ((2, 5, 3), (2, 1, 1, 4)), 0),
+    "transposed and returned": (lambda x, y: x.mT[..., None] @ y, ((2, 5, 3), (2, 1, 1, 4)), 0),
+    "integers": (lambda x, y: x.long() @ y.long(), ((2, 7, 1), (2, 1, 5)), 0),
     "two products": (torch.matmul, ((2, 7, 2), (2, 2, 5)), 0),
     "a vector": (torch.matmul, ((1,), (2, 1, 5)), 0),
     "a sum over rows": (torch.matmul, ((7, 1), (1,)), 0),
