@@ -369,6 +369,20 @@ ROWS = {
 }
 
 
+@pytest.mark.parametrize("rows", (1, 5))
+@pytest.mark.parametrize("batch", (1, 3))
+def test_outer_of_frequencies_and_positions(batch, rows):
+    """As transformers 5.17 has it for Llama."""
+
+    def fn(frequencies, positions):
+        wide = frequencies[None, :, None].float().expand(positions.shape[0], -1, 1)
+        return (wide @ positions[:, None, :].float()).transpose(1, 2).cos()
+
+    result = rewrite(fn, torch.randn(8), torch.arange(rows).expand(batch, rows).contiguous())
+    assert result.matches["outer"] == 1
+    assert not result.after["matmul"]
+
+
 def test_outer_of_sizes_that_depend_on_data():
     def fn(x, w):
         rows = x[0].nonzero().squeeze(1)
