@@ -165,7 +165,7 @@ def listed(conditions: Mapping[str, Any]) -> str:
 def save(rows: Sequence[Row], path: str | pathlib.Path) -> None:
     """Writes the rows as JSON: a list of objects, with `tokens_per_s` and what `extra` holds beside
     the other fields. A file that is there is replaced."""
-    _write(_entries(rows), pathlib.Path(path))
+    write_json(_entries(rows), pathlib.Path(path))
 
 
 def add(rows: Sequence[Row], path: str | pathlib.Path) -> None:
@@ -173,7 +173,7 @@ def add(rows: Sequence[Row], path: str | pathlib.Path) -> None:
     one with its name and equal conditions. What `load` raises is raised here.
     """
     merged = {_identity(entry): entry for entry in [*load(path), *_entries(rows)]}
-    _write(list(merged.values()), pathlib.Path(path))
+    write_json(list(merged.values()), pathlib.Path(path))
 
 
 def load(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -217,12 +217,16 @@ def _identity(entry: Mapping[str, Any]) -> str:
     return json.dumps([entry["name"], entry["conditions"]], sort_keys=True)
 
 
-def _write(entries: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Whole or not at all: readers, and a run that is interrupted, never see half a file."""
+def write_json(value: Any, path: pathlib.Path) -> None:
+    """Writes a file whole or not at all: readers, and a run that is interrupted, never see half of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = path.resolve()
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(entries, indent=1) + "\n")
+        draft.write_text(json.dumps(value, indent=1) + "\n")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

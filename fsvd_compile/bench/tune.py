@@ -12,7 +12,6 @@ import datetime
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from fsvd_compile.bench import decode
-from fsvd_compile.bench.stopwatch import conditions
+from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.errors import BenchError, WrongResultError
 from fsvd_compile.kernels import _measured, _triton, _tuning, expand_triton, shrink_triton
 from fsvd_compile.kernels._tuning import Launch, Tile
@@ -337,17 +337,18 @@ def keep(found: Sequence[Found], path: Path) -> None:
         BenchError: the file cannot be written.
         TableError: it is no table of tiles.
     """
-    kept = _measured.read(path) if path.is_file() else {kernel: [] for kernel in _measured.TILES}
-    for one in found:
-        row = one.row()
-        rows = kept[one.launch.kernel]
-        same = [r for r in rows if all(r[name] == row[name] for name in _measured.KEY)]
-        kept[one.launch.kernel] = [*(r for r in rows if r not in same), row]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(kept, indent=1) + "\n")
-        unfinished.replace(path)
+        with FileLock(path.with_suffix(".lock")):  # another run adds to the same table
+            kept = {kernel: [] for kernel in _measured.TILES}
+            if path.is_file():
+                kept = _measured.read(path)
+            for one in found:
+                row = one.row()
+                rows = kept[one.launch.kernel]
+                same = [r for r in rows if all(r[name] == row[name] for name in _measured.KEY)]
+                kept[one.launch.kernel] = [*(r for r in rows if r not in same), row]
+            write_json(kept, path)
     except OSError as error:
         raise BenchError(f"{path} cannot be written: {error}. Set FSVD_TUNED.") from error
     _tuning.forget()

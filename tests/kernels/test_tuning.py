@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import time
 from importlib import resources
 
 import pytest
@@ -140,6 +142,25 @@ def test_what_tune_found_is_used(own, monkeypatch):
     tune.keep([found_tile(gemv, again)], own)
     assert _tuning.linear_tile(gemv, CPU) == again
     assert [len(json.loads(own.read_text())[kernel]) for kernel in ("gemv", "skinny")] == [1, 1]
+
+
+def test_runs_of_tune_at_the_same_time_lose_no_row(own, monkeypatch):
+    monkeypatch.setattr(
+        tune, "conditions", lambda device: dict.fromkeys(("device", "torch", "triton"), "x")
+    )
+    read = _measured.read
+
+    def slowly(path):
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(_measured, "read", slowly)
+    launches = [_tuning.Launch("shrink", "gemv", k, 1024, 1, 2) for k in range(512, 1024, 64)]
+    keep = lambda launch: tune.keep([found_tile(launch, _tuning.Tile(8, 1024, 4))], own)  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor(len(launches)) as pool:
+        list(pool.map(keep, launches))
+    assert {row["k"] for row in read(own)["gemv"]} == {launch.k for launch in launches}
 
 
 @pytest.mark.parametrize(
