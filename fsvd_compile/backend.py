@@ -63,7 +63,7 @@ def flashsvd(
     started = time.perf_counter()
     config = Config.of(options, mode)
     report = GraphReport()
-    report.unfused = _why_unfused(example_inputs) or _why_autocast(gm)
+    report.unfused = _why_unfused(example_inputs) or _why_autocast(gm) or _why_transformed(gm)
     if report.unfused:
         _warn_once(report.unfused)
         compiled = _inductor(config)(gm, example_inputs)
@@ -272,6 +272,17 @@ def _why_autocast(gm: GraphModule) -> str | None:
         return (
             "autocast is on, which chooses dtypes call by call, so this call runs unfused; "
             "convert the model instead: model.to(torch.bfloat16)"
+        )
+    return None
+
+
+def _why_transformed(gm: GraphModule) -> str | None:
+    values = (n.meta.get("example_value") for n in gm.graph.nodes)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if any(isinstance(v, torch.Tensor) and wrapped(v) for v in values):
+        return (
+            "the model uses a transform of torch.func (vmap, grad, jvp), whose tensors stand for others, so this call "
+            "runs unfused; write the batch dimension out, or compile the part without the transform"
         )
     return None
 

@@ -156,6 +156,30 @@ def test_autocast_runs_unfused():
     assert "autocast" in reports[0].unfused
 
 
+class Transformed(nn.Module):
+    """A low-rank layer under a transform of torch.func."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = chain(), how
+
+    def forward(self, x):
+        if self.how == "vmap":
+            return torch.vmap(lambda row: self.layer(row).sin())(x)
+        if self.how == "grad":
+            return torch.func.grad(lambda x: self.layer(x).sin().sum())(x)
+        return torch.func.jvp(lambda x: self.layer(x).sin(), (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("how", ("vmap", "grad", "jvp"))
+def test_transforms_of_torch_func_run_unfused(how):
+    model, x = Transformed(how).eval().requires_grad_(False), torch.randn(5, 48)
+    with pytest.warns(UserWarning, match=r"torch\.func"), collect() as reports:
+        actual = torch.compile(model, backend="flashsvd")(x)
+    assert_close(how, actual, model(x), 1e-5)
+    assert [bool(r.unfused) for r in reports] == [True]
+
+
 def test_grad_modes_and_inference_mode_agree():
     model, x = chain().requires_grad_(False), torch.randn(5, 48)
     compiled = torch.compile(model, backend="flashsvd")
