@@ -97,13 +97,13 @@ def test_positions(mask, position, poisoned):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("position", (0, 63, 64, 129))
+@pytest.mark.parametrize("position", (0, 64))
 @pytest.mark.parametrize("mask", ONE_TOKEN[1:])
 def test_reach(mask, position, poisoned):
     """What is known of the mask beforehand changes nothing, whether the position promises less or more."""
-    args = case((2, 4, 2, 130, 16, 16), mask, position=position)
+    args = case((2, 2, 1, 130, 16, 16), mask, position=position)
     reach = mask_reach(args[8], 130)
-    check(lambda *a: decode_attention_triton(*a, reach, splits=3), args, 2e-6)
+    check(lambda *a: decode_attention_triton(*a, reach, splits=2), args, 2e-6)
 
 
 @pytest.mark.interpret
