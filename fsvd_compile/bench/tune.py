@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import datetime
 import itertools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -364,7 +363,7 @@ def save(found: Sequence[Found], path: str) -> None:
     ]
     limit = decode.read_limit(torch.device("cuda"))
     where = conditions("cuda", read_limit_tb_s=round(limit / 1e12, 3))
-    Path(path).write_text(json.dumps({"conditions": where, "tried": rows}, indent=1) + "\n")
+    write_json({"conditions": where, "tried": rows}, Path(path))
 
 
 def own_file() -> Path:

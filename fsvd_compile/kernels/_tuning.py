@@ -320,9 +320,10 @@ def decode_attention_tile(
     """
     narrow = dim * itemsize <= 256 and dim % 8 == 0
     alone = narrow and itemsize == 2 and group == 1
-    block_n = 16 if not narrow else 64 if group > 1 or (alone and batch == 1) else 32
+    one = alone and batch == 1
+    block_n = 16 if not narrow else 64 if one or group > 1 else 32
     wanted = 2 * _triton.multiprocessors(device) // (batch * kv_heads)
     if alone and wanted <= 1:
         return AttentionTile(1, 128, 1, 4, 2) if wanted == 1 else AttentionTile(1, 64, 1, 2, 2)
     splits = max(1, min(wanted, cdiv(length, block_n), 64))
-    return AttentionTile(1, block_n, splits, 4 if narrow else 8, 2 if alone and batch == 1 else 3)
+    return AttentionTile(1, block_n, splits, 4 if narrow else 8, num_stages=2 if one else 3)
