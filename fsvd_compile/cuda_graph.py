@@ -7,13 +7,14 @@ runs the callable itself), `GraphPool` what graphs that share memory may expect 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import itertools
 import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,20 @@ log = logging.getLogger(__name__)
 PAYBACK = 8
 MOST_PATIENCE = 1024
 
+_returning = contextvars.ContextVar("returning", default=False)
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CONSTANT = (int, bool, str, type(None))  # no float: 0.0 == -0.0, and NaN is not NaN
+
+
+@contextlib.contextmanager
+def returning_addresses() -> Iterator[None]:
+    """While it lasts, who calls promises that the addresses of these calls come again, see `GraphedCallable`, 2."""
+    before = _returning.set(True)
+    try:
+        yield
+    finally:
+        _returning.reset(before)
 
 
 def _same_pointers(tensors: list, pointers: list, indices: list) -> bool:
@@ -295,6 +308,9 @@ class GraphedCallable:
        exactly once per call. If the capture raises they are as before the call; this call and all
        later ones without a capture run uncaptured, the reason is logged once and counted. (After a
        failed capture that drew random numbers, torch may leave the default generator unusable.)
+       Within `returning_addresses` the first call captures as well, behind its warm-up and without a
+       replay, while nothing has to make room for that; not where outputs are lent, as the callable
+       behind would meet other addresses in the next call.
     3. A capture is found by the addresses of the `static` inputs (parameters, buffers), of the
        `mutated` ones (KV caches, counters) and of what shares memory with these, and by the value
        of each int, bool, str and None. Such tensors are never copied, as writes to a copy
@@ -385,7 +401,10 @@ class GraphedCallable:
                 reason = f"more than {self._max_captures} (max_captures) address sets take turns"
                 return self._stand_aside(args, reason)
             if entry is None:
-                return self._warm_up(args, signature)
+                outputs = self._warm_up(args, signature)
+                if _returning.get() and not self._borrow:
+                    self._capture_ahead(signature, args)
+                return outputs
         with self._pool.lock:
             self._pool.enter_stream(entry.device)
             self._pool.replays[self.name] += 1
@@ -473,6 +492,12 @@ class GraphedCallable:
         self._pool.captures[self.name] += 1
         self._entries[signature] = entry
         return entry
+
+    def _capture_ahead(self, signature: _Signature, args: list) -> None:
+        with self._pool.lock:
+            room = len(self._entries) < self._max_captures and self._patience == 1
+            if room and self._failure is None and signature not in self._entries:
+                self._last = self._capture(signature, args)
 
     def _make_room(self) -> None:
         while len(self._entries) >= self._max_captures:

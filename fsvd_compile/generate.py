@@ -9,6 +9,7 @@ other, the attribute is wrapped: while it runs, the original's `__call__` is the
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import inspect
 import logging
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from fsvd_compile import kept_cache
+from fsvd_compile import cuda_graph, kept_cache
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +169,12 @@ def decode_loop(
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     results = _Results(input_ids.device, streamer)
     processed = _processed(logits_processor)
-    outputs = model._prefill(
-        input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
-    )
+    # The prompt runs once a call, on a cache that the next call gets as well.
+    kept = kept_cache.is_ours(model_kwargs.get("past_key_values"))
+    with cuda_graph.returning_addresses() if kept else contextlib.nullcontext():
+        outputs = model._prefill(
+            input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
+        )
     step = _Step(model, model_kwargs)
     with model._optimize_model_for_decode():
         while not results.finished_before():

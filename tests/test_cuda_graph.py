@@ -15,7 +15,13 @@ import torch
 from harness import assert_close
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fsvd_compile.cuda_graph import PAYBACK, CudaApi, GraphedCallable, GraphPool
+from fsvd_compile.cuda_graph import (
+    PAYBACK,
+    CudaApi,
+    GraphedCallable,
+    GraphPool,
+    returning_addresses,
+)
 
 WIDTH, SLOTS = 4, 8
 
@@ -170,6 +176,54 @@ def test_each_call_advances_caches_and_counters_once(pool):
     assert pool.warm_ups == pool.captures == {"test": 1}
     assert pool.replays == {"test": 4}
     assert not pool.stood_aside
+
+
+def test_addresses_that_return_are_captured_by_the_first_call(pool):
+    steps = Steps(pool)
+    cache, twin = steps.cache(), steps.cache()
+    with returning_addresses():
+        steps.check(cache, twin)
+        assert (pool.warm_ups, pool.captures, pool.replays) == ({"test": 1}, {"test": 1}, {})
+        steps.check(cache, twin)
+    steps.check(cache, twin)
+    assert (pool.warm_ups, pool.captures, pool.replays) == ({"test": 1}, {"test": 1}, {"test": 2})
+    other, other_twin = steps.cache(), steps.cache()
+    steps.check(other, other_twin)  # the promise is over
+    assert (pool.warm_ups, pool.captures) == ({"test": 2}, {"test": 1})
+
+
+def test_addresses_that_return_make_no_other_capture_go(pool):
+    steps = Steps(pool, max_captures=2)
+    caches = [(steps.cache(), steps.cache()) for _ in range(3)]
+    with returning_addresses():
+        for cache, twin in caches:
+            steps.check(cache, twin)
+    assert pool.captures == {"test": 2}
+    for cache, twin in caches[:2]:
+        steps.check(cache, twin)
+    assert pool.captures == pool.replays == {"test": 2}
+
+
+def test_lent_outputs_are_not_captured_ahead(pool):
+    steps = Steps(pool, borrow_outputs=True)
+    cache, twin = steps.cache(), steps.cache()
+    with returning_addresses():
+        steps.check(cache, twin)
+    assert not pool.captures
+
+
+def test_a_capture_ahead_that_fails_leaves_the_answer(pool):
+    def fn(weight, keys, length, x):
+        if pool.api.capturing:
+            raise RuntimeError("no")
+        return decode(weight, keys, length, x)
+
+    steps = Steps(pool, fn=fn)
+    cache, twin = steps.cache(), steps.cache()
+    with returning_addresses():
+        for _ in range(3):
+            steps.check(cache, twin)
+    assert pool.stood_aside == {("test", "capture failed: RuntimeError: no"): 2}
 
 
 def test_failed_capture_runs_the_same_call_uncaptured(pool, caplog):

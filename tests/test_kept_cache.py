@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from fsvd_compile import factorize, kept_cache
+from fsvd_compile import backend, factorize, kept_cache
 from fsvd_compile.generate import decode_loop
 from fsvd_compile.report import collect
 
@@ -262,6 +262,20 @@ def test_dynamic_becomes_static_only_where_it_pays_and_fits(model, monkeypatch, 
     assert kept_cache.take(model, cache, prompt(model), 20, dynamic=True) is cache
     monkeypatch.setattr(kept_cache, "_static_pays", lambda model: True)
     assert type(kept_cache.take(model, cache, prompt(model), 20, dynamic=True)) is StaticCache
+
+
+@pytest.mark.gpu
+def test_the_second_call_captures_nothing():
+    """Neither the prompt, which every call runs once, nor the step."""
+    model = zoo.factorized("llama").cuda()
+    compiled = torch.compile(model, backend="flashsvd")
+    first, second = prompt(model), prompt(model).roll(1, 1)
+    expected = generate(model, second)
+    generate(compiled, first)
+    before, replays = backend._pool.captures.total(), backend._pool.replays.total()
+    assert torch.equal(generate(compiled, second), expected)
+    assert backend._pool.captures.total() == before
+    assert backend._pool.replays.total() > replays + 1
 
 
 @pytest.mark.gpu
