@@ -1,6 +1,6 @@
 """Tile sizes of the decode kernels, by coordinate descent over a whole LLaMA layer on this GPU.
 
-    python bench/tune_layer.py [--tokens 8] --json tiles.json
+    python bench/tune_layer.py [--tokens 8] [--ranks 1228 1791] --json tiles.json
 
 A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
 it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
@@ -32,29 +32,31 @@ from fsvd_compile.kernels import (
 from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
 HIDDEN, INNER, HEADS, HEAD = 4096, 11008, 32, 128  # LLaMA-7B
-ATTENTION, MLP = 1024, 1488  # its ranks at keep 0.5, multiples of 16
+RANKS = 1024, 1488  # its ranks at keep 0.5, multiples of 16: attention, MLP
 CONTEXT, CACHE = 512, 1024
-# Every linear of a layer: what `_tuning` is asked for it.
-LINEARS = {
-    "qkv shrink": ("shrink", HIDDEN, 3 * ATTENTION, False),
-    "qkv expand": ("expand", ATTENTION, 3 * HIDDEN, False),
-    "o shrink": ("shrink", HIDDEN, ATTENTION, False),
-    "o expand": ("expand", ATTENTION, HIDDEN, False),
-    "gate-up shrink": ("shrink", HIDDEN, 2 * MLP, False),
-    "gate-up expand": ("expand", MLP, INNER, True),
-    "down shrink": ("shrink", INNER, MLP, False),
-    "down expand": ("expand", MLP, HIDDEN, False),
-}
-NAMES = (*LINEARS, "attention")
+NAMES = (
+    "qkv shrink",
+    "qkv expand",
+    "o shrink",
+    "o expand",
+    "gate-up shrink",
+    "gate-up expand",
+    "down shrink",
+    "down expand",
+    "attention",
+)
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
-tokens = 1
+tokens, attention_rank, mlp_rank = 1, *RANKS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1, help="sequences of a step, a token each")
+    parser.add_argument(
+        "--ranks", type=int, nargs=2, default=RANKS, metavar="RANK", help="of attention and of MLP"
+    )
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument(
         "--jobs", type=int, default=8, help="processes that compile candidates ahead"
@@ -65,9 +67,10 @@ def main() -> None:
         sys.exit("tune_layer: tiles are timed on a GPU and there is none.")
     if not 1 <= args.tokens <= 64:
         sys.exit(f"tune_layer: --tokens {args.tokens}; the decode kernels take 1 to 64.")
-    begin(args.tokens)
+    what = args.tokens, *args.ranks
+    begin(*what)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        jobs = [(args.tokens, n, c) for n in NAMES for c in candidates(n)]
+        jobs = [(what, n, c) for n in NAMES for c in candidates(n)]
         possible = set(itertools.compress(jobs, pool.map(compile_one, jobs, chunksize=1)))
     serve()
     layers = [Layer() for _ in range(args.layers)]
@@ -78,7 +81,7 @@ def main() -> None:
     for _, name in itertools.product(range(args.passes), NAMES):
         before, times = tiles[name], {}
         for candidate in candidates(name):
-            if (args.tokens, name, candidate) not in possible:
+            if (what, name, candidate) not in possible:
                 continue
             tiles[name] = candidate
             times[candidate] = layer_us(layers)
@@ -100,6 +103,7 @@ def main() -> None:
             "cuda",
             layers=args.layers,
             tokens=args.tokens,
+            ranks=args.ranks,
             context=CONTEXT,
             cache=CACHE,
             dtype=torch.bfloat16,
@@ -118,9 +122,23 @@ def main() -> None:
             )
 
 
+def linears() -> dict[str, tuple]:
+    """Every linear of a layer: what `_tuning` is asked for it."""
+    return {
+        "qkv shrink": ("shrink", HIDDEN, 3 * attention_rank, False),
+        "qkv expand": ("expand", attention_rank, 3 * HIDDEN, False),
+        "o shrink": ("shrink", HIDDEN, attention_rank, False),
+        "o expand": ("expand", attention_rank, HIDDEN, False),
+        "gate-up shrink": ("shrink", HIDDEN, 2 * mlp_rank, False),
+        "gate-up expand": ("expand", mlp_rank, INNER, True),
+        "down shrink": ("shrink", INNER, mlp_rank, False),
+        "down expand": ("expand", mlp_rank, HIDDEN, False),
+    }
+
+
 def asked(name: str) -> Launch:
     """What `_tuning` is asked for a linear, on this GPU."""
-    return next(a for a in asks() if (a.op, a.k, a.rows, a.gated) == LINEARS[name])
+    return next(a for a in asks() if (a.op, a.k, a.rows, a.gated) == linears()[name])
 
 
 @functools.cache
@@ -131,11 +149,11 @@ def asks() -> list[Launch]:
     return launches
 
 
-def begin(count: int) -> None:
-    """The tiles as they are now, for so many tokens."""
-    global tokens
-    tokens = count
-    for name in LINEARS:
+def begin(count: int, attention: int = RANKS[0], mlp: int = RANKS[1]) -> None:
+    """The tiles as they are now, for so many tokens and these ranks."""
+    global tokens, attention_rank, mlp_rank
+    tokens, attention_rank, mlp_rank = count, attention, mlp
+    for name in linears():
         tiles[name] = _tuning._linear_tile(asked(name), torch.device("cuda", 0))
     tiles["attention"] = attention_rule(
         batch=tokens,
@@ -159,7 +177,7 @@ def candidates(name: str) -> list[tuple]:
 
 def serve() -> None:
     """Makes the launchers take `tiles`."""
-    names = {what: name for name, what in LINEARS.items()}
+    names = {what: name for name, what in linears().items()}
 
     def linear_tile(launch, device):
         return tiles[names[launch.op, launch.k, launch.rows, launch.gated]]
@@ -170,10 +188,10 @@ def serve() -> None:
     _tuning.linear_tile, _tuning.decode_attention_tile = linear_tile, attention_tile
 
 
-def compile_one(job: tuple[int, str, tuple]) -> bool:
+def compile_one(job: tuple[tuple[int, int, int], str, tuple]) -> bool:
     """Leaves a candidate in Triton's cache on disk; False where it does not fit."""
-    count, name, tile = job
-    begin(count)
+    what, name, tile = job
+    begin(*what)
     serve()
     tiles[name] = tile
     try:
@@ -198,10 +216,13 @@ class Layer:
                 for _ in range(count)
             ]
 
-        self.qkv = made(ATTENTION, HIDDEN, count=3), made(HIDDEN, ATTENTION, count=3)
-        self.o = made(ATTENTION, HIDDEN), made(HIDDEN, ATTENTION)
-        self.gate_up = made(MLP, HIDDEN, count=2), made(INNER, MLP, count=2)
-        self.down = made(MLP, INNER), made(HIDDEN, MLP)
+        self.qkv = (
+            made(attention_rank, HIDDEN, count=3),
+            made(HIDDEN, attention_rank, count=3),
+        )
+        self.o = made(attention_rank, HIDDEN), made(HIDDEN, attention_rank)
+        self.gate_up = made(mlp_rank, HIDDEN, count=2), made(INNER, mlp_rank, count=2)
+        self.down = made(mlp_rank, INNER), made(HIDDEN, mlp_rank)
         self.norms = made(HIDDEN, count=2)
         self.caches = made(tokens, HEADS, CACHE, HEAD, count=2)
         self.table = torch.randn(1, 1, HEAD, device="cuda")
@@ -211,7 +232,9 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
         z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
-        y = expand_triton(z, self.qkv[1], [None] * 3, [0, ATTENTION, 2 * ATTENTION], pdl=True)
+        y = expand_triton(
+            z, self.qkv[1], [None] * 3, [0, attention_rank, 2 * attention_rank], pdl=True
+        )
         q, k, v = (t.view(tokens, 1, HEADS, HEAD).transpose(1, 2) for t in y.split(HIDDEN, -1))
         if attention:
             y = decode_attention_triton(
@@ -223,7 +246,7 @@ class Layer:
         z = shrink_triton(
             x, self.gate_up[0], [None] * 2, "rms", self.norms[1], None, 1e-5, pdl=True
         )
-        y = expand_triton(z, self.gate_up[1], [None] * 2, [0, MLP], None, "silu_mul", pdl=True)
+        y = expand_triton(z, self.gate_up[1], [None] * 2, [0, mlp_rank], None, "silu_mul", pdl=True)
         z = shrink_triton(y, self.down[0], [None], pdl=True)
         return expand_triton(z, self.down[1], [None], [0], x, pdl=True)
 

@@ -9,7 +9,7 @@ and bias, activation, gate and residual behind.
   is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read
   limit (see configs/sm90.json); bench/NOTES.md says where the rest is.
 * `_stream`, for one token on compute capability 9.0: the same product of weights that TMA brings into shared memory, a
-  warp to a row or a few. The eight linears: 83 %, a layer 61.3 us for 64.6.
+  warp to a row or a few. The eight linears: 85 %, 53.4 us for 55.7; of ranks 1433 and 2089 78.8 us for 110.
 * programmatic dependent launch (USE_PDL): the next kernel may start when every program of this one
   has started. It requests its weights, which nobody writes, and then waits (`gdc_wait`) until this
   kernel is complete before it touches an activation or writes anything. Every kernel of this
@@ -25,8 +25,8 @@ How a weight is stored ("row": K contiguous, "col": rows contiguous, "any") is c
 knowledge, and so is the alignment of its rows: sizes and strides arrive divided by ALIGN and are
 multiplied back in the kernel, which is how Triton learns that 16-byte loads are legal when a rank
 is a multiple of 8 but not of 16. An odd rank such as 819 makes rows start anywhere between two multiples
-of 16 bytes. `_gemv` then takes rows that are STEP apart, so that all of a program start equally far from one,
-reads whole vectors of 16 bytes and moves x instead of W; `_skinny` loads each element by itself.
+of 16 bytes. `_gemv` and `_stream` then take rows that are STEP apart, so that all of a program start equally far from
+one, read whole vectors of 16 bytes and move x instead of W; `_skinny` loads each element by itself.
 """
 
 from __future__ import annotations
@@ -137,14 +137,17 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     k_unit = align if layout == "row" else 1
     m = x.shape[0]
     k = max(w.shape[1] for w in weights)
-    step, vector = 1, 1
-    if phase is Phase.DECODE and layout == "row" and norm[0] == "none":
-        step, vector = _shifted(weights, align)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     if phase is Phase.DECODE:
         kernel = "stream" if _stream.takes(op, x, weights, layout) else "gemv"
     else:
         kernel = "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
+    step, vector = 1, 1
+    if kernel == "stream":
+        step = _stream.row_step(weights)
+        vector = 8 if step > 1 else 1
+    elif kernel == "gemv" and layout == "row" and norm[0] == "none":
+        step, vector = _shifted(weights, align)
     has_bias = any(b is not None for b in biases)
     launch = _tuning.Launch(
         op,

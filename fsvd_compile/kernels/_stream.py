@@ -7,10 +7,16 @@ layouts, for compute capability 9.0; there is no interpreter for it, so it is te
 A row of K elements is seen as pieces of 64, 128 bytes each, which is what the copies take; what a block of pieces has
 too many comes as zeros. Where K is no multiple of 64 (TAIL) the last block is counted from the end of the row instead:
 it repeats columns of the block before, and x is 0 there (an inf of W in such a column makes NaN of its row).
+
+A copy starts at a multiple of 16 bytes, and so do the rows of a tensor map. Those of an odd rank do not, but every
+eighth of them does: a program owns rows STEP apart, which lie equally far behind such a multiple, and the map has a
+dimension in which rows and pieces overlap, so that a copy may start anywhere in them. What a copy brings of the rows
+beside is made 0, and x is moved instead of W.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -55,21 +61,26 @@ def jit(fn):
 
 def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
     """Whether a product with one token goes through this kernel."""
+    step = row_step(weights)
     return (
         x.shape[0] == 1
         and (x.stride(1) == 1 or x.shape[1] == 1)
-        and all(4 * PIECE <= w.shape[1] <= MOST_K for w in weights)
+        and all(4 * PIECE <= w.shape[1] <= MOST_K and w.shape[0] % step == 0 for w in weights)
         and streams(op, x, weights, layout)
     )
+
+
+def row_step(weights: Sequence[Tensor]) -> int:
+    """How many rows apart two rows are that start equally far from a multiple of 16 bytes, in 16-bit types."""
+    return max(8 // math.gcd(8, w.stride(0)) for w in weights)
 
 
 def streams(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
     """Whether weights are such as TMA brings into shared memory faster than loads would.
 
-    That is on compute capability 9.0, in bf16 and fp16, for weights whose rows are K-contiguous and multiples of 16
-    bytes. A chip divides its L1 and shared memory anew between kernels that want more of the one or of the other, and
-    waits for that: on an H200 one streamed linear among seven others costs a layer of LLaMA-7B 3 to 9 us
-    (bench/NOTES.md). So a shrink whose rank makes rows of other lengths behind it is not streamed either.
+    That is on compute capability 9.0, in bf16 and fp16, for weights whose rows are K-contiguous. A chip divides its L1
+    and shared memory anew between kernels that want more of the one or of the other, and waits for that: on an H200 one
+    streamed linear among seven others costs a layer of LLaMA-7B 3 to 9 us (bench/NOTES.md).
     """
     if gluon is None or _triton.interpreted() or _triton.capability(x.device) != (9, 0):
         return False
@@ -77,14 +88,8 @@ def streams(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
         x.element_size() == 2
         and layout == "row"
         and sum(w.numel() for w in weights) * 2 >= LEAST_BYTES
-        and all(
-            w.shape[1] % 8 == 0 and w.stride(0) % 8 == 0 and w.stride(0) >= w.shape[1]
-            for w in weights
-        )
-        and (
-            op == "expand"
-            or all(w.shape[0] % 8 == 0 and w.shape[1] >= LEAST_HIDDEN for w in weights)
-        )
+        and all(w.stride(0) >= w.shape[1] for w in weights)
+        and (op == "expand" or all(w.shape[1] >= LEAST_HIDDEN for w in weights))
         and all(map(_triton.aligned, weights))
     )
 
@@ -117,19 +122,22 @@ def launch(
     pdl: bool,
 ) -> None:
     """Launches the kernel with the arguments it shares with the others, see `_linear`."""
+    step = row_step(weights)
     longest, shortest = (most(w.shape[1] for w in weights) for most in (max, min))
-    tail = any(w.shape[1] % PIECE for w in weights)
+    shifted = any(w.shape[1] % 8 or w.stride(0) % 8 for w in weights)
+    tail = shifted or any(w.shape[1] % PIECE for w in weights)
     block_k = tile.block_k
     while tail and block_k > shortest:  # a block from the end of a row lies within it
         block_k //= 2
-    pieces, count = block_k // PIECE, cdiv(longest, block_k)
+    most_shift = 7 if step > 1 else 0
+    pieces, count = block_k // PIECE, cdiv(longest + most_shift, block_k)
     smem = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    maps = [_map(w, tile.block_r, pieces, smem) for w in weights]
-    ends = [_map(w, tile.block_r, pieces, smem, from_end=True) for w in weights] if tail else maps
-    maps, ends = (m + m[:1] * (4 - len(m)) for m in (maps, ends))
+    maps = [_map(w, step, [tile.block_r, pieces, PIECE], smem) for w in weights]
+    maps += maps[:1] * (4 - len(maps))
+    offset_unit = math.gcd(8, *shared["OFFSETS"])
     first, second, third = parts(count, shared["NORM"] != "none")
     taken = (
-        "X", "Y", "BIAS", "RES", "N", "NB", "KS", "OFFSETS", "stride_rn",
+        "X", "Y", "BIAS", "RES", "N", "NB", "KS", "STRIDE_R", "stride_rn",
         "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
         "NORM", "NORM_W", "NORM_B", "HAS_NORM_W", "HAS_NORM_B", "eps", "norm_offset",
     )  # fmt: skip
@@ -140,7 +148,9 @@ def launch(
         pdl,
         **{name: shared[name] for name in taken},
         **{f"W{i}": m for i, m in enumerate(maps)},
-        **{f"E{i}": m for i, m in enumerate(ends)},
+        OFFSETS=tuple(start // offset_unit for start in shared["OFFSETS"]),
+        OFFSET_UNIT=offset_unit,
+        STEP=step,
         BLOCK_R=tile.block_r,
         PIECES=pieces,
         NUM_K=count,
@@ -149,15 +159,23 @@ def launch(
         PART1=second,
         PART2=third,
         TAIL=tail,
+        SHIFTED=shifted,
+        EDGE=(shortest - 1) // block_k,
         LAYOUT=gl.BlockedLayout([1, 1, 8], [1, 4, 8], [tile.num_warps, 1, 1], [2, 1, 0]),
     )
 
 
-def _map(w: Tensor, block_r: int, pieces: int, layout, from_end: bool = False):
-    """A weight as rows of pieces of 64 elements, of those that lie whole in it from its first or up to its last."""
-    shape = [w.shape[0], w.shape[1] // PIECE, PIECE]
-    start = _triton.unread(w[:, w.shape[1] % PIECE :] if from_end else w)
-    return TensorDescriptor(start, shape, [w.stride(0), PIECE, 1], [block_r, pieces, PIECE], layout)
+def _map(w: Tensor, step: int, block: list[int], layout):
+    """`[rows / step, pieces, elements]` of a weight: element c and piece p behind it of row `g * step + j` are at
+    `[g, p, j * stride + c]`.
+
+    No copy asks for more than its row and 16 bytes around, of which the last dimension knows nothing.
+    """
+    n, k = w.shape
+    stride = w.stride(0)
+    most = (step - 1) * stride
+    shape = [n // step, (k + (7 if most else 0)) // PIECE, most + k + PIECE]
+    return TensorDescriptor(_triton.unread(w), shape, [step * stride, PIECE, 1], block, layout)
 
 
 @jit
@@ -168,10 +186,6 @@ def _stream(
     W1,
     W2,
     W3,
-    E0,
-    E1,
-    E2,
-    E3,
     BIAS,
     RES,
     NORM_W,
@@ -179,12 +193,15 @@ def _stream(
     N,
     NB,
     KS,
+    STRIDE_R,
     OFFSETS,
     stride_rn,
     eps,
     norm_offset,
     COUNT: gl.constexpr,
     ALIGN: gl.constexpr,
+    OFFSET_UNIT: gl.constexpr,
+    STEP: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PIECES: gl.constexpr,
     NUM_K: gl.constexpr,
@@ -193,6 +210,8 @@ def _stream(
     PART1: gl.constexpr,
     PART2: gl.constexpr,
     TAIL: gl.constexpr,
+    SHIFTED: gl.constexpr,
+    EDGE: gl.constexpr,
     NORM: gl.constexpr,
     ACT: gl.constexpr,
     GATED: gl.constexpr,
@@ -206,7 +225,7 @@ def _stream(
 ):
     if USE_PDL:
         gdc_launch_dependents()
-    which, row, column = locate(gl.program_id(0), N, 1, 1 if GATED else COUNT, BLOCK_R, 1)
+    which, row, column = locate(gl.program_id(0), N, 1, 1 if GATED else COUNT, BLOCK_R, STEP)
     n = pick_size(which, N, COUNT)
     K = pick_size(which, KS, COUNT) * ALIGN
     HALVES: gl.constexpr = 2 if GATED else 1
@@ -217,17 +236,20 @@ def _stream(
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    K_up = K
+    shift, start = _shift(row, pick_size(which, STRIDE_R, COUNT), ALIGN, STEP)
+    end = K + shift
+    shift_up, end_up, start_up = shift, end, start
     if GATED:
-        K_up = gl.cast(KS[1], gl.int32) * ALIGN
+        shift_up, start_up = _shift(row, gl.cast(STRIDE_R[1], gl.int32), ALIGN, STEP)
+        end_up = gl.cast(KS[1], gl.int32) * ALIGN + shift_up
     maps = (W0, W1, W2, W3)
-    ends = (E0, E1, E2, E3)
+    at = (row // STEP, start, start_up)
     for i in gl.static_range(STAGES):
-        _request(maps, ends, ring, bars, row, which, K, K_up, i, i, COUNT, GATED, TAIL)
+        _request(maps, ring, bars, at, which, end, end_up, i, i, COUNT, GATED, TAIL)
 
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    rows = row + gl.arange(0, BLOCK_R, layout=OUT)
+    rows = row + gl.arange(0, BLOCK_R, layout=OUT) * STEP
     bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
     SCATTERED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kept0 = gl.allocate_shared_memory(X.dtype.element_ty, [PART0 * PIECES, 64], SCATTERED)
@@ -246,33 +268,33 @@ def _stream(
         if PART2:
             also2 = gl.allocate_shared_memory(X.dtype.element_ty, [PART2 * PIECES, 64], SCATTERED)
     if HAS_NORM_W:
-        g = _row(NORM_W, 0, PART0, K, PIECES, ROWS, TAIL)
+        g = _row(NORM_W, 0, PART0, shift, end, PIECES, ROWS, TAIL)
     if HAS_NORM_B:
-        h = _row(NORM_B, 0, PART0, K, PIECES, ROWS, TAIL)
+        h = _row(NORM_B, 0, PART0, shift, end, PIECES, ROWS, TAIL)
 
     if USE_PDL:
         gdc_wait()
 
     # All that the kernel before may have written is requested at once, see `_gemv`.
-    x_at = X + pick_int(which, OFFSETS, COUNT)
-    x0 = _row(x_at, 0, PART0, K, PIECES, ROWS, TAIL)
+    x_at = X + pick_int(which, OFFSETS, COUNT) * OFFSET_UNIT
+    x0 = _row(x_at, 0, PART0, shift, end, PIECES, ROWS, TAIL)
     if PART1:
-        x1 = _row(x_at, PART0, PART1, K, PIECES, ROWS, TAIL)
+        x1 = _row(x_at, PART0, PART1, shift, end, PIECES, ROWS, TAIL)
     if PART2:
-        x2 = _row(x_at, PART0 + PART1, PART2, K, PIECES, ROWS, TAIL)
+        x2 = _row(x_at, PART0 + PART1, PART2, shift, end, PIECES, ROWS, TAIL)
     if GATED:
-        v_at = X + OFFSETS[1]
-        v0 = _row(v_at, 0, PART0, K_up, PIECES, ROWS, TAIL)
+        v_at = X + OFFSETS[1] * OFFSET_UNIT
+        v0 = _row(v_at, 0, PART0, shift_up, end_up, PIECES, ROWS, TAIL)
         if PART1:
-            v1 = _row(v_at, PART0, PART1, K_up, PIECES, ROWS, TAIL)
+            v1 = _row(v_at, PART0, PART1, shift_up, end_up, PIECES, ROWS, TAIL)
         if PART2:
-            v2 = _row(v_at, PART0 + PART1, PART2, K_up, PIECES, ROWS, TAIL)
+            v2 = _row(v_at, PART0 + PART1, PART2, shift_up, end_up, PIECES, ROWS, TAIL)
     res = gl.zeros([BLOCK_R], gl.float32, layout=OUT)
     if HAS_RES:
         res = gl.load(RES + (column + rows) * stride_rn, mask=rows < n, other=0.0).to(gl.float32)
 
     if NORM != "none":
-        _, there = _columns(0, PART0, K, PIECES, ROWS, TAIL)
+        _, there = _columns(0, PART0, shift, end, PIECES, ROWS, TAIL)
         x = x0.to(gl.float32)
         if NORM == "layer":
             x = gl.where(there, x - gl.sum(gl.sum(x, axis=1), axis=0) / K, 0.0)
@@ -298,32 +320,97 @@ def _stream(
             also2.store(v2)
     barrier()
 
-    acc = _partial(ring, kept0, kept1, kept2, bars, 0, 0, PART0, PART1, LAYOUT, GATED, STAGES)
+    acc = _partial(
+        ring,
+        kept0,
+        kept1,
+        kept2,
+        bars,
+        shift,
+        end,
+        0,
+        0,
+        PART0,
+        PART1,
+        LAYOUT,
+        GATED,
+        STAGES,
+        SHIFTED,
+        EDGE,
+    )
     if GATED:
-        up = _partial(ring, also0, also1, also2, bars, 0, 1, PART0, PART1, LAYOUT, GATED, STAGES)
+        up = _partial(
+            ring,
+            also0,
+            also1,
+            also2,
+            bars,
+            shift_up,
+            end_up,
+            0,
+            1,
+            PART0,
+            PART1,
+            LAYOUT,
+            GATED,
+            STAGES,
+            SHIFTED,
+            EDGE,
+        )
     for i in gl.static_range(1, NUM_K):
         if i - 1 + STAGES < NUM_K:
             # Every warp has read what the next copy writes over.
             barrier()
             _request(
                 maps,
-                ends,
                 ring,
                 bars,
-                row,
+                at,
                 which,
-                K,
-                K_up,
+                end,
+                end_up,
                 i - 1 + STAGES,
                 (i - 1) % STAGES,
                 COUNT,
                 GATED,
                 TAIL,
             )
-        acc += _partial(ring, kept0, kept1, kept2, bars, i, 0, PART0, PART1, LAYOUT, GATED, STAGES)
+        acc += _partial(
+            ring,
+            kept0,
+            kept1,
+            kept2,
+            bars,
+            shift,
+            end,
+            i,
+            0,
+            PART0,
+            PART1,
+            LAYOUT,
+            GATED,
+            STAGES,
+            SHIFTED,
+            EDGE,
+        )
         if GATED:
             up += _partial(
-                ring, also0, also1, also2, bars, i, 1, PART0, PART1, LAYOUT, GATED, STAGES
+                ring,
+                also0,
+                also1,
+                also2,
+                bars,
+                shift_up,
+                end_up,
+                i,
+                1,
+                PART0,
+                PART1,
+                LAYOUT,
+                GATED,
+                STAGES,
+                SHIFTED,
+                EDGE,
             )
     y = gl.convert_layout(gl.sum(gl.sum(acc, axis=2), axis=1), OUT)
     y = activate(y + bias, ACT)
@@ -355,15 +442,25 @@ def biases(
 
 
 @jit
+def _shift(row, stride, ALIGN: gl.constexpr, STEP: gl.constexpr):
+    """How far a program's first row starts behind a multiple of 16 bytes, and where in a tensor map that is."""
+    if STEP > 1:
+        start = row % STEP * stride
+        shift = start % (8 // ALIGN) * ALIGN  # so a multiple of ALIGN to the compiler
+        return shift, start * ALIGN - shift
+    else:
+        return 0, 0
+
+
+@jit
 def _request(
     maps,
-    ends,
     ring,
     bars,
-    row,
+    at,
     which,
-    K,
-    K_up,
+    end,
+    end_up,
     i: gl.constexpr,
     stage: gl.constexpr,
     COUNT: gl.constexpr,
@@ -371,27 +468,35 @@ def _request(
     TAIL: gl.constexpr,
 ):
     """Starts the copies of a block of columns into a stage of the ring."""
+    group, start, start_up = at
     PIECES: gl.constexpr = ring.shape[2]
     bar = bars.index(stage)
     mbarrier.expect(bar, ring.shape[1] * PIECES * 128 * (2 if GATED else 1))
     if GATED:
-        _copy(maps[0], ends[0], ring.index(2 * stage), bar, row, i, K, row >= 0, TAIL)
-        _copy(maps[1], ends[1], ring.index(2 * stage + 1), bar, row, i, K_up, row >= 0, TAIL)
+        _copy(maps[0], ring.index(2 * stage), bar, group, start, i, end, group >= 0, TAIL)
+        _copy(maps[1], ring.index(2 * stage + 1), bar, group, start_up, i, end_up, group >= 0, TAIL)
     else:
         for j in gl.static_range(COUNT):
-            _copy(maps[j], ends[j], ring.index(stage), bar, row, i, K, which == j, TAIL)
+            _copy(maps[j], ring.index(stage), bar, group, start, i, end, which == j, TAIL)
 
 
 @jit
-def _copy(whole, end, into, bar, row, i: gl.constexpr, K, when, TAIL: gl.constexpr):
+def _copy(weight, into, bar, group, start, i: gl.constexpr, end, when, TAIL: gl.constexpr):
     """One copy, if `when`: block i of a weight, the last one from its end."""
     PIECES: gl.constexpr = into.shape[1]
+    piece = i * PIECES
     if TAIL:
-        last = (K - 1) // (PIECES * 64)
-        at = [row, K // 64 - PIECES, 0]
-        tma.async_copy_global_to_shared(end, at, bar, into, pred=(last == i) & when)
-        when = (last != i) & when
-    tma.async_copy_global_to_shared(whole, [row, i * PIECES, 0], bar, into, pred=when)
+        final = (end - 1) // (PIECES * 64)
+        last = final == i
+        piece = gl.where(last, 0, piece)
+        start = gl.where(last, start + _last_start(end, PIECES), start)
+    tma.async_copy_global_to_shared(weight, [group, piece, start], bar, into, pred=when)
+
+
+@jit
+def _last_start(end, PIECES: gl.constexpr):
+    """Where the last block of a row starts, so that it ends behind the row by less than 16 bytes."""
+    return (end + 7) // 8 * 8 - PIECES * 64
 
 
 @jit
@@ -401,6 +506,8 @@ def _partial(
     kept1,
     kept2,
     bars,
+    shift,
+    end,
     i: gl.constexpr,
     half: gl.constexpr,
     PART0: gl.constexpr,
@@ -408,6 +515,8 @@ def _partial(
     LAYOUT: gl.constexpr,
     GATED: gl.constexpr,
     STAGES: gl.constexpr,
+    SHIFTED: gl.constexpr,
+    EDGE: gl.constexpr,
 ):
     """`[BLOCK_R, 4, 8]` sums of a block of columns, each within a thread."""
     PIECES: gl.constexpr = ring.shape[2]
@@ -421,6 +530,16 @@ def _partial(
         x = kept1.slice((i - PART0) * PIECES, PIECES, dim=0).load(SLICE)
     else:
         x = kept2.slice((i - PART0 - PART1) * PIECES, PIECES, dim=0).load(SLICE)
+    if SHIFTED and (i == 0 or i >= EDGE):
+        # The rows beside this one: less than 16 bytes in front of it, and less behind the last block's end.
+        piece = gl.arange(0, PIECES, layout=gl.SliceLayout(1, SLICE))
+        at = piece[:, None] * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, SLICE))[None, :]
+        if i == 0:
+            w = gl.where(gl.expand_dims(at >= shift, 0), w, 0.0)
+        if i >= EDGE:
+            final = (end - 1) // (PIECES * 64)
+            behind = gl.where(final == i, PIECES * 64 - ((end + 7) // 8 * 8 - end), PIECES * 64)
+            w = gl.where(gl.expand_dims(at < behind, 0), w, 0.0)
     product = w * gl.expand_dims(x.to(gl.float32), 0)
     product = gl.reshape(product, [ring.shape[1], PIECES // 4, 4, 8, 8])
     return gl.sum(gl.sum(product, axis=4), axis=1)
@@ -430,22 +549,25 @@ def _partial(
 def _columns(
     first: gl.constexpr,
     count: gl.constexpr,
-    K,
+    shift,
+    end,
     PIECES: gl.constexpr,
     ROWS: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """The columns of `count` blocks, `[count * PIECES, 64]`, and which of them are there and not of a block before."""
+    """Where the elements of `count` blocks are, `[count * PIECES, 64]`, from the multiple of 16 bytes in front of their
+    row, and which of them are the row's and not of a block before."""
     piece = first * PIECES + gl.arange(0, count * PIECES, layout=gl.SliceLayout(1, ROWS))
     start = piece * 64
     least = start * 0
     if TAIL:
         block = piece // PIECES
-        last = block == (K - 1) // (PIECES * 64)
-        least = block * (PIECES * 64)
-        start = gl.where(last, K - PIECES * 64 + (start - least), start)
+        before = block * (PIECES * 64)
+        last = block == (end - 1) // (PIECES * 64)
+        start = gl.where(last, _last_start(end, PIECES) + (start - before), start)
+        least = gl.where(block == 0, shift, before)
     k = start[:, None] + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))[None, :]
-    return k, (k < K) & (k >= least[:, None])
+    return k, (k < end) & (k >= least[:, None])
 
 
 @jit
@@ -453,11 +575,12 @@ def _row(
     at,
     first: gl.constexpr,
     count: gl.constexpr,
-    K,
+    shift,
+    end,
     PIECES: gl.constexpr,
     ROWS: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Some blocks of a row of K values, 0 where a block has too many."""
-    k, there = _columns(first, count, K, PIECES, ROWS, TAIL)
-    return gl.load(at + k, mask=there, other=0.0)
+    """Some blocks of a row of values, 0 where a block has too many."""
+    k, there = _columns(first, count, shift, end, PIECES, ROWS, TAIL)
+    return gl.load(at - shift + k, mask=there, other=0.0)

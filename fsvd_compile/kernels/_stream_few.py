@@ -41,14 +41,20 @@ MOST_TOKENS = 64
 def takes(
     op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int], layout: str
 ) -> bool:
-    """Whether a product with few tokens goes through this kernel; x is copied as the weights are."""
+    """Whether a product with few tokens goes through this kernel; x is copied as the weights are.
+
+    So rows of both are multiples of 16 bytes. A shrink whose rank makes rows of other lengths behind it is not streamed
+    either, see `_stream.streams`.
+    """
     return (
         x.shape[0] <= MOST_TOKENS
         and x.stride(1) == 1
         and x.stride(0) % 8 == 0
         and x.stride(0) >= x.shape[1]
         and all(start % 8 == 0 for start in offsets)
-        and all(w.shape[1] >= PIECE for w in weights)
+        and all(w.shape[1] >= PIECE and w.shape[1] % 8 == 0 for w in weights)
+        and (op == "expand" or all(w.shape[0] % 8 == 0 for w in weights))
+        and _stream.row_step(weights) == 1
         and _triton.aligned(x)
         and _stream.streams(op, x, weights, layout)
     )

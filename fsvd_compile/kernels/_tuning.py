@@ -175,7 +175,12 @@ def _stream_tile(launch: Launch, measured: list[list[int]], device: torch.device
 
     def used(tile: Tile) -> int:
         return _stream.shared_bytes(
-            launch.k, tile.block_r, tile.block_k, tile.num_stages, launch.gated, launch.norm
+            launch.k + launch.vector - 1,
+            tile.block_r,
+            tile.block_k,
+            tile.num_stages,
+            launch.gated,
+            launch.norm,
         )
 
     return _fitting(launch, [*measured, rule], 1, used, device)

@@ -202,6 +202,10 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
         yield f"shrink-long-k-m{t}", shrink(t, (1024,), 28672, norm="rms")
         yield f"gate-long-ranks-m{t}", expand(t, (512,) * 2, (20000,) * 2, act="silu_mul")
         yield f"expand-odd-ranks-m{t}", expand(t, (1000, 513), (819, 1791), bias=True)
+        # LLaMA-7B at keep 0.6 and 0.8, ranks as they come.
+        yield f"expand-ranks-of-4-m{t}", expand(t, (4096,) * 3, (1228,) * 3)
+        yield f"gate-ranks-of-1-m{t}", expand(t, (11008,) * 2, (1791,) * 2, act="silu_mul")
+        yield f"expand-ranks-of-2-m{t}", expand(t, (4096,), (1638,), residual=True)
         for layout in ("col", "any"):
             yield f"shrink-{layout}-m{t}", shrink(t, (512, 256), 1024, layout=layout)
             yield (

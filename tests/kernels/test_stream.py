@@ -44,25 +44,32 @@ def test_what_is_taken(hopper, monkeypatch):
     assert not taken(tokens=2)
     assert not taken(dtype=torch.float32)
     assert not taken(layout="col")
-    assert not taken(k=4100) and not taken(k=4095)  # rows of whole 16 bytes only
+    assert taken(k=4100) and taken(
+        k=4095
+    )  # every second and every eighth row is one of whole 16 bytes
+    assert (
+        not taken(k=4095, rows=1028) and taken(k=4100, rows=1028) and not taken(k=4100, rows=1029)
+    )
     assert not taken(offset=1)
     assert taken(k=16384, rows=64) and not taken(k=16392, rows=64)  # x is in shared memory
     same = torch.empty(1, 4096, dtype=torch.bfloat16).expand(1024, 4096)
     assert not _stream.takes("expand", torch.empty(1, 4096, dtype=torch.bfloat16), [same], "row")
     assert not taken(rows=128) and not taken(k=576, rows=49152, op="shrink")  # too little
-    assert taken(rows=1023) and not taken(op="shrink", rows=1023)  # ranks of whole 16 bytes only
+    assert taken(rows=1023) and taken(op="shrink", rows=1023)
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
         monkeypatch.setattr(_triton, "capability", lambda device, c=capability: c)
         assert not taken()
 
 
+@pytest.mark.parametrize("vector", (1, 8))
 @pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("norm", (False, True))
-def test_tiles_fit(hopper, norm, gated):
+def test_tiles_fit(hopper, norm, gated, vector):
     for k, rows in itertools.product((256, 576, 1488, 4096, 11008, 16384), (100, 1024, 128256)):
-        launch = _tuning.Launch("expand", "stream", k, rows, 1, 2, "row", gated, norm=norm)
+        launch = _tuning.Launch("expand", "stream", k, rows, 1, 2, "row", gated, vector, norm)
         tile = _tuning.linear_tile(launch, torch.device("cpu"))
-        used = _stream.shared_bytes(k, tile.block_r, tile.block_k, tile.num_stages, gated, norm)
+        held = k + vector - 1  # what is in shared memory of a row, and of x
+        used = _stream.shared_bytes(held, tile.block_r, tile.block_k, tile.num_stages, gated, norm)
         assert used <= 232448, (k, rows, tile)
         assert tile.num_warps <= tile.block_r and tile.block_k % _stream.PIECE == 0
         assert 1 <= tile.num_stages <= -(-k // tile.block_k)
@@ -78,7 +85,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("norm", ("none", "rms", "layer"))
-    @pytest.mark.parametrize("k", (256, 264, 1000, 1488, 4096, 4168, 11008))
+    @pytest.mark.parametrize("k", (256, 264, 1000, 1001, 1488, 4096, 4168, 11008))
     @pytest.mark.parametrize("rows", ((8,), (1024, 1024, 1032), (64, 8, 16, 808)))
     def test_shrink(self, poisoned, rows, k, norm, dtype):
         weights = gapped_weights(rows, (k,) * len(rows), dtype)
@@ -102,6 +109,10 @@ class TestGpu:
             ((1111, 1111), (1488, 1480), "silu_mul"),
             ((11008, 11008), (1024, 1024), "gelu_tanh_mul"),
             ((5, 6, 7, 8, 9), (256, 320, 328, 1000, 3000), "silu"),
+            ((4096, 1000, 1032), (1023, 1021, 257), "none"),
+            ((1112, 1112), (1791, 1790), "silu_mul"),
+            ((1102,), (1228,), "gelu"),
+            ((8, 4096, 16, 40), (1638, 2089, 320, 2388), "silu"),
         ),
     )
     def test_expand(self, poisoned, rows, ranks, act, residual, dtype):
@@ -120,13 +131,15 @@ class TestGpu:
     def test_tiles(self, block_r, warps, block_k, stages):
         tile = _tuning.Tile(block_r, block_k, warps, 1, stages)
         w, x = gapped_weights((1031,), (4168,)), made(1, 4168)
-        g = made(4168)
+        odd, g = gapped_weights((1032,), (4167,)), made(4168)
         with _tuning.forced(tile):
             y = expand_triton(x, w, [None], [0])
-            args = x, gapped_weights((1032,), (4168,)), [None], "rms", g, None, 1e-5
+            shifted = expand_triton(x, odd, [None], [1])
+            args = x, gapped_weights((1031,), (4168,)), [None], "rms", g, None, 1e-5
             normed = shrink_triton(*args)
-        assert self.launched == [tile] * 2
+        assert self.launched == [tile] * 3
         assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
+        assert_close("shifted", shifted, expand_reference(x, odd, [None], [1]), 4e-3)
         assert_close("normed", normed, shrink_reference(*args), 6e-3)
 
     def test_pdl_is_bitwise(self):
@@ -136,7 +149,7 @@ class TestGpu:
 
     def test_what_is_not_finite_stays_where_it_is(self):
         """An inf of x behind the last whole piece meets its own column of the weight and no other."""
-        for k, at in itertools.product((4096, 4168), (0, -1, -100)):
+        for k, at in itertools.product((4096, 4168, 4167), (0, -1, -100)):
             x, w = made(1, k), gapped_weights((1024,), (k,))
             x[0, at] = float("inf")  # the last block repeats columns, x does not
             expected = torch.sign(w[0][:, at].float()) * float("inf")
