@@ -309,8 +309,9 @@ def decode_attention_tile(
     On an H200 in bf16, LLaMA-7B with 512 tokens in a cache of 1024, a whole layer: 8 splits of 64 rows, four warps and
     one block on its way 59.6 us, none 59.3 (a longer text would wait for each), 32 rows and two blocks 60.3, eight
     warps 61.6, two 62.9, 4 splits 60.8 (`python bench/tune_layer.py` tries such tiles). For 8 KV heads of four query
-    heads over 8192 tokens, the kernel and its combine alone: 32 splits of 64 rows 16.7 us (7.4 at the read limit), 16
-    such 20.9, 48 such 18.1, 32 of 32 rows 20.4.
+    heads over 8192 tokens, the kernel and its combine alone: 33 splits of 128 rows and one block on its way 16.0 us
+    (7.4 at the read limit), 33 of 64 rows and two blocks 16.8, one block 16.2, 32 splits of either 16.5 and 17.3, 66 of
+    32 rows 20.3.
 
     Where there is a program for each place and more, in 16-bit types: a layer of 8 sequences of 32 heads with 512
     tokens takes 86.6 us with 128 rows, four warps and one block on its way, 89.3 with 32 rows and two blocks; one of 16
@@ -330,5 +331,8 @@ def decode_attention_tile(
     wanted = 2 * _triton.multiprocessors(device) // (batch * kv_heads)
     if alone and wanted <= 1:
         return AttentionTile(1, 128, 1, 4, 2) if wanted == 1 else AttentionTile(1, 64, 1, 2, 2)
+    long = narrow and itemsize == 2 and group > 1 and batch == 1 and length >= 128 * wanted
+    if long:
+        block_n = 128
     splits = max(1, min(wanted, cdiv(length, block_n), 64))
-    return AttentionTile(1, block_n, splits, 4 if narrow else 8, num_stages=2 if one else 3)
+    return AttentionTile(1, block_n, splits, 4 if narrow else 8, num_stages=2 if one or long else 3)

@@ -131,15 +131,15 @@ def attention(tokens, dim, dtype=BF16, mask=None, splits=None, group=4, dv=None)
 
 
 def decode_attention(
-    heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=None, dv=None, batch=1
+    heads, kv_heads, dim, dtype=BF16, mask=torch.bool, splits=None, dv=None, batch=1, length=4096
 ):
     def run(pdl):
         q = torch.empty(batch, heads, 1, dim, dtype=dtype)
         k = torch.empty(batch, kv_heads, 1, dim, dtype=dtype)
         v = torch.empty(batch, kv_heads, 1, dv or dim, dtype=dtype)
-        caches = [torch.empty(batch, kv_heads, 4096, t.shape[3], dtype=dtype) for t in (k, v)]
+        caches = [torch.empty(batch, kv_heads, length, t.shape[3], dtype=dtype) for t in (k, v)]
         table = torch.empty(1, 1, dim)
-        m = None if mask is None else torch.empty(1, 1, 1, 4096, dtype=mask)
+        m = None if mask is None else torch.empty(1, 1, 1, length, dtype=mask)
         at = torch.empty(1, dtype=torch.int64)
         reach = torch.empty((), dtype=torch.int64) if mask is torch.bool else None
         decode_attention_triton(
@@ -225,6 +225,8 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
     for batch in (8, 16):
         yield f"decode-attention-batch-{batch}", decode_attention(32, 32, 128, batch=batch)
     yield "expand-many-rows-m64", expand(64, (49152,), (1024,))
+    for mask in (None, torch.bool, BF16):
+        yield f"decode-attention-long-{mask}", decode_attention(32, 8, 128, mask=mask, length=8320)
     yield "decode-attention-one-split", decode_attention(8, 8, 128, splits=1)
     yield "decode-attention-dv", decode_attention(16, 8, 192, dv=128)
     yield "attention-one-split", attention(1, 128, mask=torch.bool, splits=1)
