@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import heapq
 import inspect
@@ -12,13 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fsvd_compile.passes import values
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 
 _INHERITED_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -287,23 +284,7 @@ def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -
 
 def set_value(node: Node) -> None:
     """Compute a call's fake value from the fake values of its arguments."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    fakes = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-    # Inside the values' own mode: an operation may make tensors of its own.
-    mode = fakes[0].fake_mode if fakes else contextlib.nullcontext()
-    with torch.no_grad(), mode, _decompositions(fakes):
-        if node.op == "call_function":
-            node.meta["example_value"] = node.target(*args, **kwargs)
-        else:
-            node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
-
-
-def _decompositions(tensors: list[FakeTensor]) -> contextlib.AbstractContextManager:
-    """Python's where a size is symbolic, as Dynamo has it: of torch 2.11's in C++ one asks CUDA tensors for numbers
-    and so fixes the symbols. Not for other values: some of Python's copy what eager only views."""
-    symbolic = any(not isinstance(s, int) for t in tensors for s in (*t.shape, *t.stride()))
-    return enable_python_dispatcher() if symbolic else contextlib.nullcontext()
+    values.set_value(node, writes=bool(written_by(node)))
 
 
 def refresh_values(memory: Memory, stale: Iterable[Node] = ()) -> None:
