@@ -320,33 +320,18 @@ def _stream(
             also2.store(v2)
     barrier()
 
+    kept = (kept0, kept1, kept2)
+    if GATED:
+        also = (also0, also1, also2)
     acc = _partial(
-        ring,
-        kept0,
-        kept1,
-        kept2,
-        bars,
-        shift,
-        end,
-        0,
-        0,
-        PART0,
-        PART1,
-        LAYOUT,
-        GATED,
-        STAGES,
-        SHIFTED,
-        EDGE,
+        ring, bars, kept, (shift, end), 0, 0, PART0, PART1, LAYOUT, GATED, STAGES, SHIFTED, EDGE
     )
     if GATED:
         up = _partial(
             ring,
-            also0,
-            also1,
-            also2,
             bars,
-            shift_up,
-            end_up,
+            also,
+            (shift_up, end_up),
             0,
             1,
             PART0,
@@ -376,32 +361,14 @@ def _stream(
                 TAIL,
             )
         acc += _partial(
-            ring,
-            kept0,
-            kept1,
-            kept2,
-            bars,
-            shift,
-            end,
-            i,
-            0,
-            PART0,
-            PART1,
-            LAYOUT,
-            GATED,
-            STAGES,
-            SHIFTED,
-            EDGE,
+            ring, bars, kept, (shift, end), i, 0, PART0, PART1, LAYOUT, GATED, STAGES, SHIFTED, EDGE
         )
         if GATED:
             up += _partial(
                 ring,
-                also0,
-                also1,
-                also2,
                 bars,
-                shift_up,
-                end_up,
+                also,
+                (shift_up, end_up),
                 i,
                 1,
                 PART0,
@@ -502,12 +469,9 @@ def _last_start(end, PIECES: gl.constexpr):
 @jit
 def _partial(
     ring,
-    kept0,
-    kept1,
-    kept2,
     bars,
-    shift,
-    end,
+    kept,
+    span,
     i: gl.constexpr,
     half: gl.constexpr,
     PART0: gl.constexpr,
@@ -518,18 +482,19 @@ def _partial(
     SHIFTED: gl.constexpr,
     EDGE: gl.constexpr,
 ):
-    """`[BLOCK_R, 4, 8]` sums of a block of columns, each within a thread."""
+    """`[BLOCK_R, 4, 8]` sums of a block of columns, each within a thread; x is in `kept`, from and to `span`."""
+    shift, end = span
     PIECES: gl.constexpr = ring.shape[2]
     if half == 0:
         mbarrier.wait(bars.index(i % STAGES), (i // STAGES) % 2)
     w = ring.index((i % STAGES) * (2 if GATED else 1) + half).load(LAYOUT).to(gl.float32)
     SLICE: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     if i < PART0:
-        x = kept0.slice(i * PIECES, PIECES, dim=0).load(SLICE)
+        x = kept[0].slice(i * PIECES, PIECES, dim=0).load(SLICE)
     elif i < PART0 + PART1:
-        x = kept1.slice((i - PART0) * PIECES, PIECES, dim=0).load(SLICE)
+        x = kept[1].slice((i - PART0) * PIECES, PIECES, dim=0).load(SLICE)
     else:
-        x = kept2.slice((i - PART0 - PART1) * PIECES, PIECES, dim=0).load(SLICE)
+        x = kept[2].slice((i - PART0 - PART1) * PIECES, PIECES, dim=0).load(SLICE)
     if SHIFTED and (i == 0 or i >= EDGE):
         # The rows beside this one: less than 16 bytes in front of it, and less behind the last block's end.
         piece = gl.arange(0, PIECES, layout=gl.SliceLayout(1, SLICE))
