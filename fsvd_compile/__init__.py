@@ -1,8 +1,11 @@
 """fsvd_compile: a torch.compile backend for SVD-factorized transformers.
 
-`torch.compile(model, backend="flashsvd")` needs no import of this package: the backend is found through
-its entry point. Importing it gives the pieces around the backend. Nothing here needs a GPU.
+`torch.compile(model, backend="flashsvd")` needs no import of this package where it is installed: the backend is found
+through its entry point. Importing it gives the pieces around the backend, and the backend's name to a package that only
+lies on the path. Nothing here needs a GPU.
 """
+
+import torch
 
 # Imported eagerly so that the names mean the functions, not the sub-modules they live in.
 from fsvd_compile.backend import flashsvd
@@ -28,3 +31,5 @@ __all__ = [
 ]
 
 register()  # transformers' from_pretrained reads what `save` wrote
+if "flashsvd" not in torch._dynamo.list_backends(exclude_tags=()):
+    torch._dynamo.register_backend(flashsvd, name="flashsvd")

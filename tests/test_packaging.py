@@ -53,3 +53,18 @@ def test_public_names():
     for name in fsvd_compile.__all__:
         assert getattr(fsvd_compile, name) is not None
     assert callable(fsvd_compile.factorize) and callable(fsvd_compile.explain)
+
+
+def test_a_package_that_is_only_on_the_path_gives_its_name_when_imported():
+    script = """
+import importlib.metadata
+importlib.metadata.entry_points = lambda **_: importlib.metadata.EntryPoints(())
+import torch
+assert "flashsvd" not in torch._dynamo.list_backends()
+import fsvd_compile
+x = torch.ones(3)
+assert torch.equal(torch.compile(lambda x: x + 1, backend="flashsvd")(x), x + 1)
+assert torch._dynamo.lookup_backend("flashsvd") is fsvd_compile.flashsvd
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
