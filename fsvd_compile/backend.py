@@ -142,9 +142,8 @@ def _compiled(
             mutated = {k for k, p in enumerate(ids) if p in written}
             # What only later pieces read may lie in the graph's own memory; what the caller gets may not.
             inner = not any(n in results for n in piece.outputs)
-            functions[i] = _graphed(
-                functions[i], f"layer {i}", fixed, mutated, config, report, dynamic, borrow=inner
-            )
+            layer = functions[i], f"layer {i}", fixed, mutated, config, report, dynamic
+            functions[i] = _graphed(*layer, borrow=inner, alone=False)
         return Program(gm.graph, pieces, functions)
     program = Program(gm.graph, pieces, functions)
     return _graphed(program, "step", static, written, config, report, dynamic)
@@ -186,7 +185,7 @@ def _counted(nodes: list[torch.fx.Node], report: GraphReport) -> Iterator[None]:
 
 def _graphed(
     fn: Callable, name: str, static: set[int], written: set[int], config: Config, report: GraphReport,
-    dynamic: str | None, borrow: bool = False,
+    dynamic: str | None, borrow: bool = False, alone: bool = True,
 ) -> Callable:  # fmt: skip
     """`fn` under CUDA-graph replay where that is possible; `report.graphs` says so or why not."""
     if config.cuda_graphs == "off":
@@ -206,6 +205,7 @@ def _graphed(
             pool=_pool,
             max_captures=config.max_captures,
             borrow_outputs=borrow,
+            ahead=alone,
         )
     return fn
 

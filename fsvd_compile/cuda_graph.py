@@ -199,6 +199,7 @@ class _Entry:
 
     def __init__(self, signature: _Signature, args: list, order: int) -> None:
         self.order, self.replays = order, 0
+        self.returns = False  # whether somebody promised that its addresses do
         self.constants, self.others = signature.constants, signature.others
         self.pointers: list[int | None] = [None] * len(args)
         self.fixed: list[int] = []
@@ -219,6 +220,11 @@ class _Entry:
                 targets, sources = self.groups.setdefault(dtype, ([], []))
                 targets.append(buffer if layout is None else buffer.as_strided(*layout))
                 sources.append((i, layout))
+
+    @property
+    def promised(self) -> bool:
+        """Whether it waits for addresses that were promised to come again."""
+        return self.returns and not self.replays
 
     def matches(self, args: list) -> bool:
         # These first: a fake tensor warns when asked for its address.
@@ -308,9 +314,9 @@ class GraphedCallable:
        exactly once per call. If the capture raises they are as before the call; this call and all
        later ones without a capture run uncaptured, the reason is logged once and counted. (After a
        failed capture that drew random numbers, torch may leave the default generator unusable.)
-       Within `returning_addresses` the first call captures as well, behind its warm-up and without a
-       replay, while nothing has to make room for that; not where outputs are lent, as the callable
-       behind would meet other addresses in the next call.
+       With `ahead` and within `returning_addresses` the first call captures as well, behind its warm-up and
+       without a replay, while nothing has to make room for that. What was captured so and never replayed
+       goes when the next one comes, and counts for nothing in 6.
     3. A capture is found by the addresses of the `static` inputs (parameters, buffers), of the
        `mutated` ones (KV caches, counters) and of what shares memory with these, and by the value
        of each int, bool, str and None. Such tensors are never copied, as writes to a copy
@@ -347,6 +353,7 @@ class GraphedCallable:
         pool: The backend's. Callables of a chain are constructed in call order.
         max_captures: See 6.
         borrow_outputs: See 4 and `GraphPool`.
+        ahead: See 2. Not for a chain: what one lends, the next would meet elsewhere in the next call.
     """
 
     def __init__(
@@ -359,8 +366,9 @@ class GraphedCallable:
         pool: GraphPool,
         max_captures: int,
         borrow_outputs: bool = False,
+        ahead: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self._ahead = name, ahead
         self._fn, self._pool, self._api = fn, pool, pool.api
         self._mutated, self._fixed = frozenset(mutated), frozenset(static) | frozenset(mutated)
         self._max_captures, self._borrow = max_captures, borrow_outputs
@@ -402,7 +410,7 @@ class GraphedCallable:
                 return self._stand_aside(args, reason)
             if entry is None:
                 outputs = self._warm_up(args, signature)
-                if _returning.get() and not self._borrow:
+                if self._ahead and _returning.get():
                     self._capture_ahead(signature, args)
                 return outputs
         with self._pool.lock:
@@ -495,16 +503,26 @@ class GraphedCallable:
 
     def _capture_ahead(self, signature: _Signature, args: list) -> None:
         with self._pool.lock:
+            for other in [s for s, entry in self._entries.items() if entry.promised]:
+                self._drop(other)
             room = len(self._entries) < self._max_captures and self._patience == 1
             if room and self._failure is None and signature not in self._entries:
                 self._last = self._capture(signature, args)
+                if self._last is not None:
+                    self._last.returns = True
+
+    def _drop(self, signature: _Signature) -> _Entry:
+        entry = self._entries.pop(signature)
+        self._api.synchronize(entry.device)  # its last replay may still be running
+        self._sights.pop(signature[:2], None)
+        self._last = None
+        return entry
 
     def _make_room(self) -> None:
         while len(self._entries) >= self._max_captures:
-            signature, entry = self._entries.popitem(last=False)
-            self._api.synchronize(entry.device)  # its last replay may still be running
-            self._sights.pop(signature[:2], None)
-            self._last = None
+            entry = self._drop(next(iter(self._entries)))
+            if entry.promised:
+                continue
             if entry.replays < PAYBACK:
                 self._patience = min(2 * self._patience, MOST_PATIENCE)
             else:

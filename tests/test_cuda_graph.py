@@ -179,7 +179,7 @@ def test_each_call_advances_caches_and_counters_once(pool):
 
 
 def test_addresses_that_return_are_captured_by_the_first_call(pool):
-    steps = Steps(pool)
+    steps = Steps(pool, ahead=True)
     cache, twin = steps.cache(), steps.cache()
     with returning_addresses():
         steps.check(cache, twin)
@@ -193,19 +193,35 @@ def test_addresses_that_return_are_captured_by_the_first_call(pool):
 
 
 def test_addresses_that_return_make_no_other_capture_go(pool):
-    steps = Steps(pool, max_captures=2)
+    steps = Steps(pool, max_captures=2, ahead=True)
     caches = [(steps.cache(), steps.cache()) for _ in range(3)]
     with returning_addresses():
         for cache, twin in caches:
-            steps.check(cache, twin)
+            for _ in range(1 + (cache is not caches[2][0])):
+                steps.check(cache, twin)
     assert pool.captures == {"test": 2}
     for cache, twin in caches[:2]:
         steps.check(cache, twin)
-    assert pool.captures == pool.replays == {"test": 2}
+    assert pool.captures == {"test": 2} and pool.replays == {"test": 4}
 
 
-def test_lent_outputs_are_not_captured_ahead(pool):
-    steps = Steps(pool, borrow_outputs=True)
+def test_a_promise_that_was_not_kept_costs_one_capture_and_no_patience(pool):
+    steps = Steps(pool, ahead=True)
+    with returning_addresses():
+        for _ in range(8):
+            steps.check(steps.cache(), steps.cache())
+    assert pool.captures == {"test": 8} and len(steps.step._entries) == 1
+    caches = [(steps.cache(), steps.cache()) for _ in range(4)]
+    for cache, twin in caches:
+        for _ in range(6):
+            steps.check(cache, twin)
+    assert pool.captures == {"test": 12} and pool.replays == {"test": 20}
+    assert not pool.stood_aside
+
+
+@pytest.mark.parametrize("borrow", (False, True))
+def test_a_chain_is_not_captured_ahead(pool, borrow):
+    steps = Steps(pool, borrow_outputs=borrow)
     cache, twin = steps.cache(), steps.cache()
     with returning_addresses():
         steps.check(cache, twin)
@@ -218,7 +234,7 @@ def test_a_capture_ahead_that_fails_leaves_the_answer(pool):
             raise RuntimeError("no")
         return decode(weight, keys, length, x)
 
-    steps = Steps(pool, fn=fn)
+    steps = Steps(pool, fn=fn, ahead=True)
     cache, twin = steps.cache(), steps.cache()
     with returning_addresses():
         for _ in range(3):

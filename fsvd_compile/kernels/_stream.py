@@ -62,10 +62,13 @@ def jit(fn):
 def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
     """Whether a product with one token goes through this kernel."""
     step = row_step(weights)
+    most = MOST_K if step == 1 else MOST_K - 7  # a block more would make its registers spill
     return (
         x.shape[0] == 1
         and (x.stride(1) == 1 or x.shape[1] == 1)
-        and all(4 * PIECE <= w.shape[1] <= MOST_K and w.shape[0] % step == 0 for w in weights)
+        and all(4 * PIECE <= w.shape[1] <= most and w.shape[0] % step == 0 for w in weights)
+        # An odd K in rows of whole 16 bytes has not run on a GPU.
+        and all(w.shape[1] % 8 == 0 or w.stride(0) % 8 for w in weights)
         and streams(op, x, weights, layout)
     )
 

@@ -70,6 +70,8 @@ def _look(value: Any, fakes: list[FakeTensor]) -> Any:
         return type(value), *(_look(v, fakes) for v in value)
     if isinstance(value, dict):
         return dict, *((k, _look(v, fakes)) for k, v in value.items())
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _Unlike()  # its hash would ask for its number, and so fix it
     if isinstance(value, slice):
         return slice, *(_look(v, fakes) for v in (value.start, value.stop, value.step))
     # By its text a float differs from the one that equals it: 0.0 and -0.0.

@@ -44,14 +44,15 @@ def test_what_is_taken(hopper, monkeypatch):
     assert not taken(tokens=2)
     assert not taken(dtype=torch.float32)
     assert not taken(layout="col")
-    assert taken(k=4100) and taken(
-        k=4095
-    )  # every second and every eighth row is one of whole 16 bytes
-    assert (
-        not taken(k=4095, rows=1028) and taken(k=4100, rows=1028) and not taken(k=4100, rows=1029)
-    )
+    # Every second and every eighth row is one of whole 16 bytes.
+    assert taken(k=4100) and taken(k=4095) and taken(k=4100, rows=1030)
+    assert not taken(k=4095, rows=1028) and not taken(k=4100, rows=1029)
+    padded = torch.empty(1024, 4096, dtype=torch.bfloat16)[:, :4095]
+    assert not _stream.takes("expand", padded[:1], [padded], "row")
     assert not taken(offset=1)
     assert taken(k=16384, rows=64) and not taken(k=16392, rows=64)  # x is in shared memory
+    # What is moved takes seven elements more.
+    assert taken(k=16377, rows=128) and not taken(k=16378, rows=128)
     same = torch.empty(1, 4096, dtype=torch.bfloat16).expand(1024, 4096)
     assert not _stream.takes("expand", torch.empty(1, 4096, dtype=torch.bfloat16), [same], "row")
     assert not taken(rows=128) and not taken(k=576, rows=49152, op="shrink")  # too little
@@ -141,6 +142,22 @@ class TestGpu:
         assert_close("y", y, expand_reference(x, w, [None], [0]), 4e-3)
         assert_close("shifted", shifted, expand_reference(x, odd, [None], [1]), 4e-3)
         assert_close("normed", normed, shrink_reference(*args), 6e-3)
+
+    @pytest.mark.parametrize("act", ("none", "silu_mul"))
+    @pytest.mark.parametrize(
+        ("k", "stride"), ((1791, 1791), (1791, 1793), (1792, 1793), (1788, 1790), (4096, 4099))
+    )
+    def test_rows_as_they_lie(self, poisoned, k, stride, act):
+        """Ranks and strides of other multiples, and a last row that ends with its memory."""
+        weights = []
+        for _ in range(2):
+            room = torch.full((1031, stride), float("nan"), device="cuda", dtype=torch.bfloat16)
+            room[:1024, :k] = made(1024, k, scale=k**-0.5)
+            flat = room.view(-1)[: 1023 * stride + k].clone()
+            weights.append(flat.as_strided((1024, k), (stride, 1)))
+        args = made(1, 2 * k), weights, [None] * 2, [0, k], None, act
+        assert_close("y", expand_triton(*args), expand_reference(*args), 6e-3)
+        assert len(self.launched) == 1
 
     def test_pdl_is_bitwise(self):
         x, w, g = made(1, 4096), gapped_weights((1024,) * 3, (4096,) * 3), made(4096)

@@ -118,6 +118,34 @@ def test_symbols_run_every_time():
     assert calls.ran == 2
 
 
+@pytest.mark.parametrize("kind", ("float", "bool"))
+def test_numbers_that_are_symbols_are_not_asked_for(kind):
+    """The hash of a SymFloat is that of its number, and guards it."""
+    calls = Calls(torch.mul)
+    env = calls.mode.shape_env
+    source = torch._dynamo.source.ConstantSource("s")
+    length = env.create_symintnode(env.create_symbol(7, source), hint=7, source=source)
+    symbol = torch.sym_float(length) if kind == "float" else length > 3
+    guards = len(env.guards)
+    for _ in range(2):
+        calls(calls.input(3), symbol)
+    assert calls.ran == 2 and len(env.guards) == guards
+
+
+def test_methods_and_what_lies_behind_an_offset():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    calls = Calls(torch.neg, mode)
+    for offset in (0, 0, 2):
+        x = calls.graph.placeholder(f"y{len(calls.graph.nodes)}")
+        with mode:
+            x.meta["example_value"] = torch.empty(8)[offset : offset + 3]
+        calls(x)
+        node = calls.graph.call_method("neg", (x,))
+        set_value(node)
+        assert val(node).shape == (3,) and val(node).storage_offset() == 0
+    assert calls.ran == 2
+
+
 def test_a_compilation_of_its_own_starts_anew():
     calls = Calls(torch.neg)
     calls(calls.input(3))
