@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -96,9 +97,10 @@ def test_layers_that_add_to_their_arguments():
 def test_covariances_of_one_layer_at_a_time(monkeypatch):
     """What is alive when a layer is computed belongs to that layer."""
     alive, real = [], Covariances.pop
+    numbers = weakref.WeakKeyDictionary()  # an address is given again once an object is gone
 
     def pop(self, name):
-        alive.append((id(self), name.split(".")[2]))
+        alive.append((numbers.setdefault(self, len(alive)), name.split(".")[2]))
         return real(self, name)
 
     monkeypatch.setattr(Covariances, "pop", pop)
