@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The whole test-suite, without a GPU; tests marked gpu run where there is one. A file stays in one process.
 JOBS ?= 2
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A real language model, factorized, compiled and measured; see examples/demo.py for what it prints.
 demo: $(VENV)/.demo
