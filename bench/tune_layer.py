@@ -34,20 +34,26 @@ from fsvd_compile.kernels._tuning import AttentionTile, Launch
 HIDDEN, INNER, HEADS, HEAD = 4096, 11008, 32, 128  # LLaMA-7B
 RANKS = 1024, 1488  # its ranks at keep 0.5, multiples of 16: attention, MLP
 CONTEXT, CACHE = 512, 1024
-NAMES = (
-    "qkv shrink",
-    "qkv expand",
-    "o shrink",
-    "o expand",
-    "gate-up shrink",
-    "gate-up expand",
-    "down shrink",
-    "down expand",
-    "attention",
-)
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
 tokens, attention_rank, mlp_rank = 1, *RANKS
+
+
+def linears() -> dict[str, tuple]:
+    """Every linear of a layer: what `_tuning` is asked for it."""
+    return {
+        "qkv shrink": ("shrink", HIDDEN, 3 * attention_rank, False),
+        "qkv expand": ("expand", attention_rank, 3 * HIDDEN, False),
+        "o shrink": ("shrink", HIDDEN, attention_rank, False),
+        "o expand": ("expand", attention_rank, HIDDEN, False),
+        "gate-up shrink": ("shrink", HIDDEN, 2 * mlp_rank, False),
+        "gate-up expand": ("expand", mlp_rank, INNER, True),
+        "down shrink": ("shrink", INNER, mlp_rank, False),
+        "down expand": ("expand", mlp_rank, HIDDEN, False),
+    }
+
+
+NAMES = (*linears(), "attention")
 
 
 def main() -> None:
@@ -120,20 +126,6 @@ def main() -> None:
                 file,
                 indent=1,
             )
-
-
-def linears() -> dict[str, tuple]:
-    """Every linear of a layer: what `_tuning` is asked for it."""
-    return {
-        "qkv shrink": ("shrink", HIDDEN, 3 * attention_rank, False),
-        "qkv expand": ("expand", attention_rank, 3 * HIDDEN, False),
-        "o shrink": ("shrink", HIDDEN, attention_rank, False),
-        "o expand": ("expand", attention_rank, HIDDEN, False),
-        "gate-up shrink": ("shrink", HIDDEN, 2 * mlp_rank, False),
-        "gate-up expand": ("expand", mlp_rank, INNER, True),
-        "down shrink": ("shrink", INNER, mlp_rank, False),
-        "down expand": ("expand", mlp_rank, HIDDEN, False),
-    }
 
 
 def asked(name: str) -> Launch:

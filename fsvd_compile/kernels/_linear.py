@@ -254,7 +254,7 @@ def _shifted(weights: Sequence[Tensor], align: int) -> tuple[int, int]:
         or not all(map(_triton.aligned, weights))
     ):
         return 1, 1
-    return max(vector // math.gcd(vector, w.stride(0)) for w in weights), vector
+    return _stream.row_step(weights), vector
 
 
 def _norm_arguments(x: Tensor, norm: tuple) -> dict:

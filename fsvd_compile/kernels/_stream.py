@@ -74,8 +74,9 @@ def takes(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
 
 
 def row_step(weights: Sequence[Tensor]) -> int:
-    """How many rows apart two rows are that start equally far from a multiple of 16 bytes, in 16-bit types."""
-    return max(8 // math.gcd(8, w.stride(0)) for w in weights)
+    """How many rows apart two rows are that start equally far from a multiple of 16 bytes."""
+    vector = 16 // weights[0].element_size()
+    return max(vector // math.gcd(vector, w.stride(0)) for w in weights)
 
 
 def streams(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
