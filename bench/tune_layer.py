@@ -1,6 +1,6 @@
 """Tile sizes of the decode kernels, by coordinate descent over a whole LLaMA layer on this GPU.
 
-    python bench/tune_layer.py [--tokens 8] [--ranks 1228 1791] --json tiles.json
+    python bench/tune_layer.py [--tokens 8] [--ranks 1228 1791] [--model llama3-8b --context 8192] --json tiles.json
 
 A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
 it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
@@ -16,12 +16,13 @@ import json
 import multiprocessing
 import statistics
 import sys
+from typing import NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from fsvd_compile import bench
-from fsvd_compile.bench import tune
+from fsvd_compile.bench import decode, tune
 from fsvd_compile.kernels import (
     _tuning,
     decode_attention_triton,
@@ -31,25 +32,61 @@ from fsvd_compile.kernels import (
 )
 from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
-HIDDEN, INNER, HEADS, HEAD = 4096, 11008, 32, 128  # LLaMA-7B
-RANKS = 1024, 1488  # its ranks at keep 0.5, multiples of 16: attention, MLP
-CONTEXT, CACHE = 512, 1024
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
-tokens, attention_rank, mlp_rank = 1, *RANKS
+
+
+class Setting(NamedTuple):
+    """A layer and its step: a key of `decode.MODELS`, ranks (attention, MLP, k and v), how many tokens lie where."""
+
+    model: str = "llama-7b"
+    ranks: tuple[int, ...] = (1024, 1488, 1024)  # keep 0.5, multiples of 16
+    tokens: int = 1
+    context: int = 512
+    cache: int = 1024
+
+    @property
+    def hidden(self) -> int:
+        return decode.MODELS[self.model]["hidden_size"]
+
+    @property
+    def inner(self) -> int:
+        return decode.MODELS[self.model]["intermediate_size"]
+
+    @property
+    def heads(self) -> int:
+        return decode.MODELS[self.model]["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        return decode.MODELS[self.model].get("num_key_value_heads", self.heads)
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def qkv(self) -> list[int]:
+        """Features of q, of k and of v."""
+        return [self.hidden, *[self.kv_heads * self.head] * 2]
+
+
+setting = Setting()  # `begin` replaces it
 
 
 def linears() -> dict[str, tuple]:
     """Every linear of a layer: what `_tuning` is asked for it."""
+    hidden, inner = setting.hidden, setting.inner
+    attention, mlp, kv = setting.ranks
     return {
-        "qkv shrink": ("shrink", HIDDEN, 3 * attention_rank, False),
-        "qkv expand": ("expand", attention_rank, 3 * HIDDEN, False),
-        "o shrink": ("shrink", HIDDEN, attention_rank, False),
-        "o expand": ("expand", attention_rank, HIDDEN, False),
-        "gate-up shrink": ("shrink", HIDDEN, 2 * mlp_rank, False),
-        "gate-up expand": ("expand", mlp_rank, INNER, True),
-        "down shrink": ("shrink", INNER, mlp_rank, False),
-        "down expand": ("expand", mlp_rank, HIDDEN, False),
+        "qkv shrink": ("shrink", hidden, attention + 2 * kv, False),
+        "qkv expand": ("expand", max(attention, kv), sum(setting.qkv), False),
+        "o shrink": ("shrink", hidden, attention, False),
+        "o expand": ("expand", attention, hidden, False),
+        "gate-up shrink": ("shrink", hidden, 2 * mlp, False),
+        "gate-up expand": ("expand", mlp, inner, True),
+        "down shrink": ("shrink", inner, mlp, False),
+        "down expand": ("expand", mlp, hidden, False),
     }
 
 
@@ -59,9 +96,17 @@ NAMES = (*linears(), "attention")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--model", choices=[*decode.MODELS], default="llama-7b")
     parser.add_argument("--tokens", type=int, default=1, help="sequences of a step, a token each")
+    parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
+    parser.add_argument("--cache", type=int, help="its positions; twice the context if not given")
     parser.add_argument(
-        "--ranks", type=int, nargs=2, default=RANKS, metavar="RANK", help="of attention and of MLP"
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[1024, 1488],
+        metavar="RANK",
+        help="of attention, of MLP and, if they are others, of k and v",
     )
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument(
@@ -73,8 +118,13 @@ def main() -> None:
         sys.exit("tune_layer: tiles are timed on a GPU and there is none.")
     if not 1 <= args.tokens <= 64:
         sys.exit(f"tune_layer: --tokens {args.tokens}; the decode kernels take 1 to 64.")
-    what = args.tokens, *args.ranks
-    begin(*what)
+    if len(args.ranks) not in (2, 3):
+        sys.exit(
+            f"tune_layer: {len(args.ranks)} --ranks; attention, MLP and perhaps k and v have one."
+        )
+    ranks = (*args.ranks, args.ranks[0])[:3]
+    what = Setting(args.model, ranks, args.tokens, args.context, args.cache or 2 * args.context)
+    begin(what)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         jobs = [(what, n, c) for n in NAMES for c in candidates(n)]
         possible = set(itertools.compress(jobs, pool.map(compile_one, jobs, chunksize=1)))
@@ -108,10 +158,7 @@ def main() -> None:
         where = bench.conditions(
             "cuda",
             layers=args.layers,
-            tokens=args.tokens,
-            ranks=args.ranks,
-            context=CONTEXT,
-            cache=CACHE,
+            **what._asdict(),
             dtype=torch.bfloat16,
         )
         with open(args.json, "w") as file:
@@ -130,40 +177,44 @@ def main() -> None:
 
 def asked(name: str) -> Launch:
     """What `_tuning` is asked for a linear, on this GPU."""
-    return next(a for a in asks() if (a.op, a.k, a.rows, a.gated) == linears()[name])
+    return next(a for a in asks()[0] if (a.op, a.k, a.rows, a.gated) == linears()[name])
 
 
 @functools.cache
-def asks() -> list[Launch]:
-    """What a layer asks tiles for."""
+def asks() -> tuple[list[Launch], dict]:
+    """What a layer asks tiles for: its linears, and its attention."""
+    questions = []
+
+    def rule(**question):
+        questions.append(question)
+        return attention_rule(**question)
+
+    _tuning.decode_attention_tile = rule
     with _tuning.recording() as launches:
         Layer()(start())
-    return launches
+    _tuning.decode_attention_tile = attention_rule
+    return launches, questions[0]
 
 
-def begin(count: int, attention: int = RANKS[0], mlp: int = RANKS[1]) -> None:
-    """The tiles as they are now, for so many tokens and these ranks."""
-    global tokens, attention_rank, mlp_rank
-    tokens, attention_rank, mlp_rank = count, attention, mlp
+def begin(what: Setting) -> None:
+    """The tiles as they are now for a layer."""
+    global setting
+    setting = what
     for name in linears():
         tiles[name] = _tuning._linear_tile(asked(name), torch.device("cuda", 0))
-    tiles["attention"] = attention_rule(
-        batch=tokens,
-        kv_heads=HEADS,
-        group=1,
-        length=CACHE,
-        dim=HEAD,
-        itemsize=2,
-        device=torch.device("cuda", 0),
-    )[1:]
+    tiles["attention"] = attention_rule(**asks()[1])[1:]
 
 
 def candidates(name: str) -> list[tuple]:
     """Tiles of a linear; (rows, splits, warps, stages) of attention."""
     if name == "attention":
-        if tokens == 1:
-            return list(itertools.product((16, 32), (6, 8, 12, 16), (2, 4), (1, 3)))
-        return list(itertools.product((32, 64, 128), (1, 2, 4), (2, 4), (2, 3, 4)))
+        _, rows, splits, *_ = attention_rule(**asks()[1])
+        if setting.tokens == 1:
+            several = sorted({max(1, splits * n // 4) for n in (2, 3, 4, 5, 6, 8)})
+            found = itertools.product((rows // 2, rows, 2 * rows), several, (2, 4), (1, 2, 3))
+        else:
+            found = itertools.product((32, 64, 128), (1, 2), (2, 4), (1, 2, 3, 4))
+        return [tile for tile in found if tile[0] >= 16 * tile[2]]
     return tune.candidates(asked(name))
 
 
@@ -180,10 +231,10 @@ def serve() -> None:
     _tuning.linear_tile, _tuning.decode_attention_tile = linear_tile, attention_tile
 
 
-def compile_one(job: tuple[tuple[int, int, int], str, tuple]) -> bool:
+def compile_one(job: tuple[Setting, str, tuple]) -> bool:
     """Leaves a candidate in Triton's cache on disk; False where it does not fit."""
     what, name, tile = job
-    begin(*what)
+    begin(what)
     serve()
     tiles[name] = tile
     try:
@@ -195,7 +246,7 @@ def compile_one(job: tuple[tuple[int, int, int], str, tuple]) -> bool:
 
 
 def start() -> torch.Tensor:
-    return torch.randn(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(setting.tokens, 1, setting.hidden, device="cuda", dtype=torch.bfloat16)
 
 
 class Layer:
@@ -208,37 +259,45 @@ class Layer:
                 for _ in range(count)
             ]
 
+        hidden, inner = setting.hidden, setting.inner
+        attention, mlp, kv = setting.ranks
         self.qkv = (
-            made(attention_rank, HIDDEN, count=3),
-            made(HIDDEN, attention_rank, count=3),
+            [*made(attention, hidden), *made(kv, hidden, count=2)],
+            [
+                *made(hidden, attention),
+                *made(setting.kv_heads * setting.head, kv, count=2),
+            ],
         )
-        self.o = made(attention_rank, HIDDEN), made(HIDDEN, attention_rank)
-        self.gate_up = made(mlp_rank, HIDDEN, count=2), made(INNER, mlp_rank, count=2)
-        self.down = made(mlp_rank, INNER), made(HIDDEN, mlp_rank)
-        self.norms = made(HIDDEN, count=2)
-        self.caches = made(tokens, HEADS, CACHE, HEAD, count=2)
-        self.table = torch.randn(1, 1, HEAD, device="cuda")
-        self.position = torch.tensor([CONTEXT], device="cuda")
-        self.mask = (torch.arange(CACHE, device="cuda") <= CONTEXT)[None, None, None]
-        self.reach = mask_reach(self.mask, CACHE)
+        self.o = made(attention, hidden), made(hidden, attention)
+        self.gate_up = made(mlp, hidden, count=2), made(inner, mlp, count=2)
+        self.down = made(mlp, inner), made(hidden, mlp)
+        self.norms = made(hidden, count=2)
+        shape = setting.tokens, setting.kv_heads, setting.cache, setting.head
+        self.caches = made(*shape, count=2)
+        self.table = torch.randn(1, 1, setting.head, device="cuda")
+        self.position = torch.tensor([setting.context], device="cuda")
+        rows = torch.arange(setting.cache, device="cuda")
+        self.mask = (rows <= setting.context)[None, None, None]
+        self.reach = mask_reach(self.mask, setting.cache)
 
     def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
+        tokens, (rank, mlp, kv) = setting.tokens, setting.ranks
         z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
-        y = expand_triton(
-            z, self.qkv[1], [None] * 3, [0, attention_rank, 2 * attention_rank], pdl=True
+        y = expand_triton(z, self.qkv[1], [None] * 3, [0, rank, rank + kv], pdl=True)
+        q, k, v = (
+            t.view(tokens, 1, -1, setting.head).transpose(1, 2) for t in y.split(setting.qkv, -1)
         )
-        q, k, v = (t.view(tokens, 1, HEADS, HEAD).transpose(1, 2) for t in y.split(HIDDEN, -1))
         if attention:
             y = decode_attention_triton(
-                q, k, v, self.table, self.table, *self.caches, self.position, self.mask, HEAD**-0.5,
-                self.reach, pdl=True, read_ahead=True,
-            ).transpose(1, 2).reshape(tokens, 1, HIDDEN)  # fmt: skip
-        z = shrink_triton(y[..., :HIDDEN], self.o[0], [None], pdl=True)
+                q, k, v, self.table, self.table, *self.caches, self.position, self.mask,
+                setting.head**-0.5, self.reach, pdl=True, read_ahead=True,
+            ).transpose(1, 2).reshape(tokens, 1, -1)  # fmt: skip
+        z = shrink_triton(y[..., : setting.hidden], self.o[0], [None], pdl=True)
         x = expand_triton(z, self.o[1], [None], [0], x, pdl=True)
         z = shrink_triton(
             x, self.gate_up[0], [None] * 2, "rms", self.norms[1], None, 1e-5, pdl=True
         )
-        y = expand_triton(z, self.gate_up[1], [None] * 2, [0, mlp_rank], None, "silu_mul", pdl=True)
+        y = expand_triton(z, self.gate_up[1], [None] * 2, [0, mlp], None, "silu_mul", pdl=True)
         z = shrink_triton(y, self.down[0], [None], pdl=True)
         return expand_triton(z, self.down[1], [None], [0], x, pdl=True)
 
