@@ -86,15 +86,23 @@ def streams(op: str, x: Tensor, weights: Sequence[Tensor], layout: str) -> bool:
     and shared memory anew between kernels that want more of the one or of the other, and waits for that: on an H200 one
     streamed linear among seven others costs a layer of LLaMA-7B 3 to 9 us (bench/NOTES.md).
     """
-    if gluon is None or _triton.interpreted() or _triton.capability(x.device) != (9, 0):
-        return False
     return (
-        x.element_size() == 2
+        usable(x)
         and layout == "row"
         and sum(w.numel() for w in weights) * 2 >= LEAST_BYTES
         and all(w.stride(0) >= w.shape[1] for w in weights)
         and (op == "expand" or all(w.shape[1] >= LEAST_HIDDEN for w in weights))
         and all(map(_triton.aligned, weights))
+    )
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the streamed kernels run on x's device and take its dtype."""
+    return (
+        gluon is not None
+        and not _triton.interpreted()
+        and _triton.capability(x.device) == (9, 0)
+        and x.element_size() == 2
     )
 
 

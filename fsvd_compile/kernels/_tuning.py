@@ -296,6 +296,7 @@ def attention_tile(
 @functools.lru_cache(4096)
 def decode_attention_tile(
     *,
+    streamed: bool,
     batch: int,
     kv_heads: int,
     group: int,
@@ -306,24 +307,30 @@ def decode_attention_tile(
 ) -> AttentionTile:
     """Programs that are all side by side: one more would wait for the first to end.
 
-    On an H200 in bf16, LLaMA-7B with 512 tokens in a cache of 1024, a whole layer: 8 splits of 64 rows, four warps and
-    one block on its way 59.6 us, none 59.3 (a longer text would wait for each), 32 rows and two blocks 60.3, eight
-    warps 61.6, two 62.9, 4 splits 60.8 (`python bench/tune_layer.py` tries such tiles). For 8 KV heads of four query
-    heads over 8192 tokens, the kernel and its combine alone: 33 splits of 128 rows and one block on its way 16.0 us
-    (7.4 at the read limit), 33 of 64 rows and two blocks 16.8, one block 16.2, 32 splits of either 16.5 and 17.3, 66 of
-    32 rows 20.3.
+    *Streamed,* on an H200 in bf16, 64 rows and three blocks on their way, a whole layer with its attention by the
+    other kernel and by this one: LLaMA-7B, 512 tokens in a cache of 1024, 59.4 us and 58.1 with 8 splits and two warps
+    (four warps 58.3, 4 splits 58.2, one block 58.1); 8 and 32 such sequences 85.7 and 81.3, 158.4 and 151.6 (four warps
+    81.6 and 152.0, 128 rows 81.9 and 152.4); Llama-3-8B, 8192 tokens in a cache of 8320, 79.4 and 75.5 with 24 splits
+    and four warps (two 79.6; 16 splits 77.1, 22 75.4, 32 77.1; 128 rows and eight warps 75.9 with 16). `python
+    bench/tune_layer.py` tries such tiles; bench/results/tune_layer_attention_h200.json and so on.
 
-    Where there is a program for each place and more, in 16-bit types: a layer of 8 sequences of 32 heads with 512
-    tokens takes 86.6 us with 128 rows, four warps and one block on its way, 89.3 with 32 rows and two blocks; one of 16
-    sequences 111.8 with 64 rows, two warps and one block, 120.7; one of 32 161.0, 173.7; one of 64 268.1, 286.4
-    (bench/results/tune_layer_few8_h200.json and so on; 64 rows, two splits and four warps took 0.7 and 3.5 us less of
-    the last two).
+    *Elsewhere* as found there before: 64 rows, four warps, two blocks for one sequence of as many heads as KV heads
+    (none on its way 59.3 for 59.6 us, 32 rows and two blocks 60.3, eight warps 61.6, two 62.9, 4 splits 60.8), 128
+    rows over long texts of grouped heads (16.0 us with the combine; 64 rows 16.2 to 16.8, 32 rows 20.3); where there is
+    a program for each place and more, in 16-bit types, 128 rows for 8 sequences (86.6 us a layer; 32 rows 89.3), 64 and
+    two warps for 16 and 32 (111.8 and 161.0; 32 rows 120.7 and 173.7).
 
     Args:
+        streamed: Whether it is the tile of `_stream_attention`.
         group: Query heads of one KV head.
         length: S, the length of the cache, filled or not.
         dim: The wider of the two head dims.
     """
+    if streamed:
+        # A program and a half for each multiprocessor, two where they have so little to read that starting counts.
+        wanted = (4 if length <= 2048 else 3) * _triton.multiprocessors(device) // 2
+        splits = max(1, min(wanted // (batch * kv_heads), cdiv(length, 64), 64))
+        return AttentionTile(1, 64, splits, 2 if group == 1 else 4, 3)
     narrow = dim * itemsize <= 256 and dim % 8 == 0
     alone = narrow and itemsize == 2 and group == 1
     one = alone and batch == 1

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.kernels import _triton, _tuning, attention, rope_append
+from fsvd_compile.kernels import _stream_attention, _triton, _tuning, attention, rope_append
 from fsvd_compile.kernels._triton import jit, next_power_of_2, tl
+from fsvd_compile.kernels.attention import bias_of
+from fsvd_compile.kernels.rope_append import rotated
 
 _LIB = torch.library.Library("fsvd", "FRAGMENT")
 _LIB.define(
@@ -99,34 +101,8 @@ decode_attention_aten.writes = (5, 6)
 
 
 @jit
-def _rotated(x, stride_d, cos, sin, d, ok, HALF: tl.constexpr):
-    """fp32 values of rows at `x` (shaped to broadcast with `d`), rotated: x * cos + (-x_2, x_1) * sin."""
-    across = tl.where(d < HALF, d + HALF, d - HALF)
-    here = tl.load(x + d * stride_d, mask=ok, other=0.0).to(tl.float32)
-    there = tl.load(x + across * stride_d, mask=ok, other=0.0).to(tl.float32)
-    c = tl.load(cos + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
-    return here * c + tl.where(d < HALF, -there, there) * s
-
-
-@jit
-def _bias(mask_at, row, seen, stride_n, MASK_KIND: tl.constexpr):
-    """fp32 to add to the scores of rows `row` of a cache, [N] or [G, N] as `mask_at`; -inf where hidden or not `seen`.
-
-    The row that is being written is left to the caller: its number arrives with what is read here, not before.
-    """
-    at = mask_at + row * stride_n
-    if MASK_KIND == "float":
-        return tl.load(at, mask=seen, other=float("-inf")).to(tl.float32)
-    else:
-        if MASK_KIND == "bool":
-            seen = seen & (tl.load(at, mask=seen, other=0) != 0)
-        return tl.where(seen, 0.0, float("-inf"))
-
-
-@jit
 def _new_bias(mask_at, position, S, head_ok, stride_n, MASK_KIND: tl.constexpr):
-    """`_bias` of row `position`, [G], as `mask_at`."""
+    """`bias_of` of row `position`, [G], as `mask_at`."""
     if MASK_KIND == "none":
         return tl.where(head_ok, 0.0, 0.0)
     else:
@@ -270,7 +246,7 @@ def _decode_attention(
             # a step 0.6 us a layer. So addresses follow the guess.
             position = tl.load(POSITION, volatile=True).to(tl.int32)
             row = start + at_n
-            bias = _bias(mask_at, row, row < filled, stride_mn, MASK_KIND)
+            bias = bias_of(mask_at, row, row < filled, stride_mn, MASK_KIND)
             if HAS_REACH:
                 end = tl.minimum(tl.load(REACH).to(tl.int32), S)
             new_bias = _new_bias(new_mask, guess, S, head_ok, stride_mn, MASK_KIND)
@@ -278,23 +254,21 @@ def _decode_attention(
             sin = SIN + batch * stride_sb
             q_at = Q + batch * stride_qb
             if ONE_HEAD:
-                q_row = _rotated(q_at + kv_head * stride_qh, stride_qd, cos, sin, d, d < D, D // 2)
+                q_row = rotated(q_at + kv_head * stride_qh, stride_qd, cos, sin, d, d < D, D // 2)
                 q = tl.broadcast_to(q_row, [BLOCK_G, BLOCK_D])
             else:
-                q = _rotated(
-                    q_at + head[:, None] * stride_qh, stride_qd, cos, sin, d, d < D, D // 2
-                )
+                q = rotated(q_at + head[:, None] * stride_qh, stride_qd, cos, sin, d, d < D, D // 2)
             if BLOCK_G > 1 and not INTERPRET:
                 q = q.to(K.dtype.element_ty)
             new_at = K_NEW + batch * stride_nb + kv_head * stride_nh
-            k_new = _rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
+            k_new = rotated(new_at, stride_nd, cos, sin, d, d < D, D // 2).to(K.dtype.element_ty)
             new_at = V_NEW + batch * stride_wb + kv_head * stride_wh + e * stride_wd
             v_new = tl.load(new_at, mask=e < DV, other=0.0).to(V.dtype.element_ty)
         bias = tl.where(start + at_n != position, bias, float("-inf"))
         top, total, acc = _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET)
         if turn + 1 < turns:
             row = start + step + at_n
-            bias = _bias(mask_at, row, row < filled, stride_mn, MASK_KIND)
+            bias = bias_of(mask_at, row, row < filled, stride_mn, MASK_KIND)
 
     if position != guess:
         # What was read is not what is there, nor all of it.
@@ -316,11 +290,11 @@ def _decode_attention(
     end = tl.where(end == position + 1, position, end)
     for piece in range(split, tl.cdiv(end - filled, SCAN), SPLITS):
         begin = filled + piece * SCAN
-        beyond = _bias(mask_at, begin + scan, begin + scan < S, stride_mn, MASK_KIND)
+        beyond = bias_of(mask_at, begin + scan, begin + scan < S, stride_mn, MASK_KIND)
         if _any(tl.where(begin + scan != position, beyond, float("-inf"))):
             for start in range(begin, begin + SCAN, BLOCK_LATE):
                 row = start + at_late
-                late_bias = _bias(mask_at, row, row < S, stride_mn, MASK_KIND)
+                late_bias = bias_of(mask_at, row, row < S, stride_mn, MASK_KIND)
                 late_bias = tl.where(row != position, late_bias, float("-inf"))
                 row = start + late
                 ok = ((row < S) & (row != position))[:, None]
@@ -435,7 +409,11 @@ def decode_attention_triton(
     out = torch.empty((b, 1, heads, dv), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or s == 0:
         return out.zero_().transpose(1, 2)
+    kind, mask = attention.mask_argument(mask, (b, heads, 1, s))
+    by_head = mask is not None and group > 1 and mask.stride(1) != 0
+    streamed = _stream_attention.takes(q, k_cache, v_cache, by_head)
     tile = _tuning.decode_attention_tile(
+        streamed=streamed,
         batch=b,
         kv_heads=kv_heads,
         group=group,
@@ -446,64 +424,71 @@ def decode_attention_triton(
     )
     splits = splits or tile.splits
     part, stats = attention.partial_results(out, b * heads, splits)
-    kind, mask = attention.mask_argument(mask, (b, heads, 1, s))
-    by_head = mask is not None and group > 1 and mask.stride(1) != 0
-    _triton.launch(
-        _decode_attention,
-        (splits, kv_heads, b),
-        q.device,
-        pdl,
-        Q=q,
-        K_NEW=k,
-        V_NEW=v,
-        COS=cos,
-        SIN=sin,
-        K=k_cache,
-        V=v_cache,
-        POSITION=position,
-        MASK=q if mask is None else mask,
-        REACH=position if reach is None else reach,
-        OUT=out,
-        PART=part,
-        STATS=stats,
-        scale=float(scale),
-        GROUP=group,
-        S=s,
-        SPLITS=splits,
-        stride_qb=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_qd=q.stride(3),
-        stride_nb=k.stride(0),
-        stride_nh=k.stride(1),
-        stride_nd=k.stride(3),
-        stride_wb=v.stride(0),
-        stride_wh=v.stride(1),
-        stride_wd=v.stride(3),
-        stride_cb=cos.stride(0) if cos.shape[0] > 1 else 0,
-        stride_sb=sin.stride(0) if sin.shape[0] > 1 else 0,
+    grid = splits, kv_heads, b
+    shared = {
+        "Q": q,
+        "K_NEW": k,
+        "V_NEW": v,
+        "COS": cos,
+        "SIN": sin,
+        "K": k_cache,
+        "V": v_cache,
+        "POSITION": position,
+        "MASK": q if mask is None else mask,
+        "REACH": position if reach is None else reach,
+        "OUT": out,
+        "PART": part,
+        "STATS": stats,
+        "scale": float(scale),
+        "GROUP": group,
+        "S": s,
+        "SPLITS": splits,
+        "stride_qb": q.stride(0),
+        "stride_qh": q.stride(1),
+        "stride_qd": q.stride(3),
+        "stride_nb": k.stride(0),
+        "stride_nh": k.stride(1),
+        "stride_nd": k.stride(3),
+        "stride_wb": v.stride(0),
+        "stride_wh": v.stride(1),
+        "stride_wd": v.stride(3),
+        "stride_cb": cos.stride(0) if cos.shape[0] > 1 else 0,
+        "stride_sb": sin.stride(0) if sin.shape[0] > 1 else 0,
         **_triton.strides("k", k_cache, "bhn"),
         **_triton.strides("v", v_cache, "bhn"),
-        stride_mb=0 if mask is None else mask.stride(0),
-        stride_mh=0 if mask is None else mask.stride(1),
-        stride_mn=0 if mask is None else mask.stride(3),
-        D=d,
-        DV=dv,
-        ONE_HEAD=group == 1,
-        BLOCK_G=1 if group == 1 and q.dtype == torch.float32 else max(16, next_power_of_2(group)),
-        BLOCK_N=tile.block_n,
-        BLOCK_D=max(16, next_power_of_2(d)),
-        BLOCK_DV=max(16, next_power_of_2(dv)),
-        BLOCK_LATE=16,
-        SCAN=16 if by_head else 1024,
-        STAGES=tile.num_stages,
-        MASK_KIND=kind,
-        BY_HEAD=by_head,
-        HAS_REACH=reach is not None,
-        ONE_SPLIT=splits == 1,
-        READ_AHEAD=pdl and read_ahead,
-        INTERPRET=_triton.interpreted(),
-        num_warps=tile.num_warps,
-    )
+        "stride_mb": 0 if mask is None else mask.stride(0),
+        "stride_mh": 0 if mask is None else mask.stride(1),
+        "stride_mn": 0 if mask is None else mask.stride(3),
+        "D": d,
+        "DV": dv,
+        "ONE_HEAD": group == 1,
+        "BLOCK_N": tile.block_n,
+        "STAGES": tile.num_stages,
+        "MASK_KIND": kind,
+        "HAS_REACH": reach is not None,
+        "ONE_SPLIT": splits == 1,
+        "READ_AHEAD": pdl and read_ahead,
+        "num_warps": tile.num_warps,
+    }
+    if streamed:
+        _stream_attention.launch(shared, k_cache, v_cache, grid, pdl)
+    else:
+        _triton.launch(
+            _decode_attention,
+            grid,
+            q.device,
+            pdl,
+            **shared,
+            BLOCK_G=1
+            if group == 1 and q.dtype == torch.float32
+            else max(16, next_power_of_2(group)),
+            BLOCK_D=max(16, next_power_of_2(d)),
+            BLOCK_DV=max(16, next_power_of_2(dv)),
+            BLOCK_LATE=16,
+            SCAN=16 if by_head else 1024,
+            BY_HEAD=by_head,
+            INTERPRET=_triton.interpreted(),
+        )
     if splits > 1:
         attention.combine(part, stats, out, kv_heads, group, 1, pdl)
     return out.transpose(1, 2)

@@ -93,6 +93,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
+def rotated(x, stride_d, cos, sin, d, ok, HALF: tl.constexpr):
+    """fp32 values of rows at `x` (shaped to broadcast with `d`), rotated: x * cos + (-x_2, x_1) * sin."""
+    across = tl.where(d < HALF, d + HALF, d - HALF)
+    here = tl.load(x + d * stride_d, mask=ok, other=0.0).to(tl.float32)
+    there = tl.load(x + across * stride_d, mask=ok, other=0.0).to(tl.float32)
+    c = tl.load(cos + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + d, mask=d < 2 * HALF, other=0.0).to(tl.float32)
+    return here * c + tl.where(d < HALF, -there, there) * s
+
+
+@jit
 def _rotate(x, cos, sin, d, ok, stride_xd, HALF: tl.constexpr):
     """The two rotated halves [heads, HALF] of the rows at `x`; `d` are the columns of one half."""
     x1 = tl.load(x + d * stride_xd, mask=ok, other=0.0).to(tl.float32)

@@ -38,6 +38,7 @@ def hopper() -> list[dict]:
         "shrink-bf16",
         "gate-bf16-m8",
         "attention-bf16.*-[Nn]one",
+        "decode-attention-d80",
         "rope-bf16",
         "shrink-layer",
     )
@@ -50,6 +51,7 @@ def test_hopper(hopper):
         "_gemv",
         "_stream",
         "_stream_few",
+        "_stream_attention",
         "_skinny",
         "_norm_rows",
         "_rope_append",
@@ -70,7 +72,8 @@ def test_dependent_launch_is_in_order(hopper):
     that are older than the step. The letters are explained in compile_ahead.order; the machine code is
     held to the same order as the PTX.
     """
-    ahead = ("_gemv", "_stream", "_stream_few", "_skinny", "_decode_attention")
+    streamed = ("_stream", "_stream_few", "_stream_attention")
+    ahead = (*streamed, "_gemv", "_skinny", "_decode_attention")
     for kernel in hopper:
         wanted = f"L{'R' if kernel['kernel'] in ahead else ''}W(RS)+"
         assert re.fullmatch(wanted, kernel["order_ptx"]), kernel
@@ -88,7 +91,7 @@ def test_dependent_launch_is_in_order(hopper):
 @pytest.mark.slow
 def test_loads_are_wide_and_products_on_tensor_cores(hopper):
     for kernel in hopper:
-        if kernel["kernel"] in ("_stream", "_stream_few"):
+        if kernel["kernel"] in ("_stream", "_stream_few", "_stream_attention"):
             assert kernel["bulk_copies"] and not kernel["narrow_weight_loads"], kernel
         elif kernel["case"].startswith("table-"):
             assert kernel["wide_loads"] >= 2, kernel
@@ -99,7 +102,8 @@ def test_loads_are_wide_and_products_on_tensor_cores(hopper):
         if "shrink-odd-rank" in kernel["case"] and kernel["kernel"] == "_gemv":  # 1234 in a row
             assert kernel["narrow_weight_loads"] > 0, "the pattern finds none where all are narrow"
         if (
-            kernel["kernel"] in ("_stream_few", "_skinny", "_attention", "_decode_attention")
+            kernel["kernel"]
+            in ("_stream_few", "_stream_attention", "_skinny", "_attention", "_decode_attention")
             and "fp32" not in kernel["case"]
         ):
             assert kernel["tensor_cores"], kernel
@@ -128,6 +132,7 @@ def assert_no_spills(kernel: dict) -> None:
         # (`decode_attention_tile`).
         "_decode_attention": 32 if "-batch-" in kernel["case"] else 16,
         "_stream_few": 16 if kernel["case"].startswith("gate-") else 0,
+        "_stream_attention": 48 if kernel["case"].endswith("-None") else 0,
     }
     assert kernel["stack"] <= most.get(kernel["kernel"], 16), f"spills: {kernel}"
 
@@ -139,14 +144,14 @@ def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
     assert sorted(line["ahead"]) == [
         "_attention",
         "_combine",
-        "_decode_attention",
-        "_decode_attention",
         "_gemv",
         "_gemv",
         "_gemv",
         "_norm_rows",
         "_rope_append",
         "_stream",
+        "_stream_attention",
+        "_stream_attention",
         "_stream_few",
     ]
     assert not line["later"]

@@ -10,6 +10,8 @@ from test_attention import MASKS, mask_of
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import (
+    _stream_attention,
+    _triton,
     decode_attention_aten,
     decode_attention_reference,
     decode_attention_triton,
@@ -247,8 +249,100 @@ def test_errors():
         call(mask=torch.ones(2, 1, 1, 7, dtype=torch.bool))
 
 
+@_triton.jit
+def write_late(at, value, turns, USE_PDL: _triton.tl.constexpr):
+    """Lets the next kernel start, and writes what that kernel reads much later."""
+    if USE_PDL:
+        _triton.tl.extra.cuda.gdc_launch_dependents()
+    seen = _triton.tl.load(at, volatile=True)
+    for _ in range(turns):
+        seen = _triton.tl.load(at, volatile=True)
+    _triton.tl.store(at, value + (seen & 0))
+
+
 @pytest.mark.gpu
 class TestGpu:
+    @pytest.fixture(autouse=True, params=("streamed", "other"))
+    def kernel(self, request, monkeypatch):
+        """Both kernels, where the one that takes all of these takes what the streamed one would have."""
+        takes, taken = _stream_attention.takes, []
+
+        def asked(*args):
+            taken.append(takes(*args))
+            return taken[-1] and request.param == "streamed"
+
+        monkeypatch.setattr(_stream_attention, "takes", asked)
+        yield
+        if request.param == "other" and not any(taken):
+            pytest.skip("the other run was of this kernel")
+
+    @pytest.mark.parametrize("heads", ((8, 8), (8, 2)))
+    @pytest.mark.parametrize("dims", ((64, 64), (128, 64), (128, 128)))
+    @pytest.mark.parametrize("length", (1, 65, 1000, 2500))
+    def test_lengths(self, dims, heads, length):
+        """Cut off at blocks, at chunks of the mask and nowhere in particular."""
+        for position in {0, length // 2, length - 1}:
+            for mask in ("none", "decode", "additive"):
+                shape = (3, *heads, length, *dims)
+                args = case(shape, mask, position=position, dtype=torch.float16, device="cuda")
+                for splits in (None, 3):
+                    check(lambda *a, n=splits: decode_attention_triton(*a, splits=n), args, 2e-3)
+
+    @pytest.mark.parametrize("mask", ("causal", "none", "beyond"))
+    @pytest.mark.parametrize("position", (3, 64, 700))
+    def test_a_position_that_is_written_late(self, position, mask):
+        """What is read ahead follows a number that the kernel before has not written yet."""
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case((2, 8, 2, 1100, 128, 128), "none", position=position, **make))
+        if mask != "none":
+            n = torch.arange(1100, device="cuda")
+            args[8] = ((n <= position) if mask == "causal" else (n >= position))[None, None, None]
+        expected, keys, values = decode_attention_reference(*args)
+        decode_attention_triton(*args, pdl=True, read_ahead=True)  # compiled
+        for guess in (0, 65, 1099):
+            args[5].normal_()
+            args[6].normal_()
+            expected, keys, values = decode_attention_reference(*args)
+            args[7].fill_(guess)
+            torch.cuda.synchronize()
+            kwargs = {"at": args[7], "value": position, "turns": 20000}
+            _triton.launch(write_late, (1,), args[0].device, True, **kwargs)
+            actual = decode_attention_triton(*args, pdl=True, read_ahead=True)
+            assert_close("o", actual, expected, 1e-2)
+            assert_close("keys", args[5], keys, 1e-2)
+            assert_close("values", args[6], values, 1e-2)
+
+    @pytest.mark.parametrize("splits", (None, 1, 2))
+    def test_what_lies_behind_the_position_is_not_seen(self, splits):
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case((2, 8, 2, 512, 128, 128), "none", position=60, **make))
+        args[8] = (torch.arange(512, device="cuda") <= 60)[None, None, None]
+        expected, *_ = decode_attention_reference(*args)
+        args[5][:, :, 60:] = args[6][:, :, 60:] = float("nan")
+        for reach in (None, mask_reach(args[8], 512)):
+            actual = decode_attention_triton(*args, reach, splits=splits)
+            assert_close("o", actual, expected, 1e-2)
+
+    @pytest.mark.parametrize("where", ("key", "new key"))
+    @pytest.mark.parametrize("splits", (1, 3))
+    def test_what_is_not_finite_comes_out(self, splits, where):
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case((1, 4, 2, 200, 128, 128), "none", **make))
+        if where == "key":
+            args[5][:, :, 5] = float("nan")
+        else:
+            args[1] = torch.full_like(args[1], float("nan"))
+        assert decode_attention_triton(*args, splits=splits).isnan().all()
+
+    @pytest.mark.parametrize("position", (-1, 100, 1000))
+    def test_a_position_outside_the_cache_writes_nothing(self, position):
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = case((1, 4, 2, 100, 64, 64), "none", position=position, **make)
+        before = args[5].clone(), args[6].clone()
+        decode_attention_triton(*args)
+        assert torch.equal(args[5], before[0])
+        assert torch.equal(args[6], before[1])
+
     @pytest.mark.parametrize("mask", ("none", "decode", "heads", "additive", "finfo"))
     @pytest.mark.parametrize("heads", ((32, 32), (32, 8), (9, 3), (32, 1)))
     @pytest.mark.parametrize("dims", ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128)))

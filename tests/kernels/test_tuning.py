@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import time
 from importlib import resources
@@ -12,7 +13,7 @@ import torch
 
 from fsvd_compile.bench import tune
 from fsvd_compile.errors import BenchError, TableError
-from fsvd_compile.kernels import _measured, _triton, _tuning
+from fsvd_compile.kernels import _measured, _stream_attention, _triton, _tuning
 
 CPU = torch.device("cpu")
 STREAM = {
@@ -281,24 +282,41 @@ def test_attention_splits():
     assert splits(64, 8, 4096) == 1
 
 
+@pytest.mark.parametrize("streamed", (False, True))
 @pytest.mark.parametrize("group", (1, 4))
 @pytest.mark.parametrize("batch, kv_heads", ((1, 1), (1, 8), (1, 32), (8, 32), (64, 8)))
-def test_decode_attention_programs_fit_side_by_side(batch, kv_heads, group, h200):
-    found = _tuning.decode_attention_tile(
-        batch=batch, kv_heads=kv_heads, group=group, length=8320, dim=128, itemsize=2, device=CPU
-    )
+def test_decode_attention_programs_fit_side_by_side(batch, kv_heads, group, streamed, h200):
+    def tile(length):
+        return _tuning.decode_attention_tile(
+            streamed=streamed, batch=batch, kv_heads=kv_heads, group=group, length=length, dim=128,
+            itemsize=2, device=CPU,
+        )  # fmt: skip
+
+    found = tile(8320)
     assert 1 <= found.splits <= 64
     assert found.splits == 1 or found.splits * batch * kv_heads <= 3 * 132
-    short = _tuning.decode_attention_tile(
-        batch=batch, kv_heads=kv_heads, group=group, length=10, dim=128, itemsize=2, device=CPU
-    )
-    assert short.splits == 1
+    assert tile(10).splits == 1
+
+
+@pytest.mark.parametrize("group", (1, 4))
+@pytest.mark.parametrize("dim", (64, 128))
+def test_streamed_attention_fits_shared_memory(group, dim, h200):
+    """Twice in a multiprocessor, and a warp has 16 rows of a block at least."""
+    for batch, length in itertools.product((1, 2, 8, 64), (10, 1024, 2048, 2049, 131072)):
+        tile = _tuning.decode_attention_tile(
+            streamed=True, batch=batch, kv_heads=8, group=group, length=length, dim=dim,
+            itemsize=2, device=CPU,
+        )  # fmt: skip
+        assert tile.block_n >= 16 * tile.num_warps
+        used = _stream_attention.shared_bytes(tile.block_n, dim, dim, tile.num_stages)
+        assert 2 * used <= 227 * 1024
 
 
 def test_decode_attention_of_many_sequences(h200):
     def tile(batch, group=1, itemsize=2, dim=128):
         return _tuning.decode_attention_tile(
-            batch=batch, kv_heads=32, group=group, length=1024, dim=dim, itemsize=itemsize, device=CPU
+            streamed=False, batch=batch, kv_heads=32, group=group, length=1024, dim=dim,
+            itemsize=itemsize, device=CPU,
         )  # fmt: skip
 
     assert tile(8) == _tuning.AttentionTile(1, 128, 1, 4, 2)
