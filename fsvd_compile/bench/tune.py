@@ -195,9 +195,9 @@ def candidates(launch: Launch) -> list[Tile]:
         tiles = [
             Tile(rows, block_k, warps, launch.block_m, stages)
             for rows, warps, block_k, stages in itertools.product(
-                (16, 32, 64), (2, 4, 8), (128, 256, 512), (1, 2, 3, 4, 6, 8)
+                (16, 32, 64, 128), (2, 4, 8), (64, 128, 256, 512), (1, 2, 3, 4, 6, 8)
             )
-            if 64 * warps <= block_k and stages <= _triton.cdiv(launch.k, block_k)
+            if 1024 * warps <= block_k * rows and stages <= _triton.cdiv(launch.k, block_k)
         ]
         return [
             t for t in tiles if both * t.num_stages * (t.block_r + t.block_m) * t.block_k in FEW

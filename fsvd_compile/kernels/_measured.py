@@ -121,7 +121,9 @@ def _check_row(row: dict, kernel: str) -> None:
     ):
         raise ValueError("a block of the streamed kernel that no copy or no warp holds")
     if kernel == "few" and not (
-        16 <= row["block_r"] <= 128 and 64 * row["num_warps"] <= row["block_k"] <= 1024
+        16 <= row["block_r"] <= 128
+        and 64 <= row["block_k"] <= 1024
+        and 1024 * row["num_warps"] <= row["block_k"] * row["block_r"]
     ):
         raise ValueError("a block of the streamed kernel for few tokens that no program holds")
     for name in ("gated", "shifted"):

@@ -2,11 +2,11 @@
 
 A tile of weight rows is the operand with 16 rows, tokens are the one with 8, so that a program needs no more than 16
 rows and 8 sequences waste no product. Every warp multiplies columns of its own, 64 at a time, and the sums of the warps
-are added at the end. x comes by TMA through the same ring as the weights, a block of columns at a time: 32 tokens of
-4096 features are more than shared memory holds. A copy is issued by one thread and costs its program tens of
-nanoseconds, so a block of columns is one copy; only the last one of a row that is no whole number of blocks comes in
-pieces of 64, which have zeros behind K. Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU
-only.
+are added at the end; where a block has fewer such pieces than there are warps, they divide its rows as well. x comes by
+TMA through the same ring as the weights, a block of columns at a time: 32 tokens of 4096 features are more than shared
+memory holds. A copy is issued by one thread and costs its program tens of nanoseconds, so a block of columns is one
+copy; only the last one of a row that is no whole number of blocks comes in pieces of 64, which have zeros behind K.
+Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,14 @@ def shared_bytes(
 ) -> int:
     """Shared memory of a program: its ring, or the sums of its warps once that is done with."""
     ring = 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1)
-    return max(ring, 4 * num_warps * block_r * tokens) + 1024
+    columns, _ = division(num_warps, block_k // PIECE)
+    return max(ring, 4 * columns * block_r * tokens) + 1024
+
+
+def division(num_warps: int, pieces: int) -> tuple[int, int]:
+    """Into how many parts warps divide the columns of a block, and into how many its rows."""
+    columns = min(num_warps, pieces)
+    return columns, num_warps // columns
 
 
 def launch(
@@ -109,7 +116,9 @@ def launch(
         INPUTS=len(inputs),
         TAIL=tail,
         MMA=gl.NVMMADistributedLayout(
-            version=[2, 0], warps_per_cta=[tile.num_warps, 1, 1], instr_shape=[1, 16, 8]
+            version=[2, 0],
+            warps_per_cta=[*division(tile.num_warps, pieces), 1],
+            instr_shape=[1, 16, 8],
         ),
     )
 

@@ -200,6 +200,10 @@ def _few_tile(launch: Launch, measured: list[list[int]], device: torch.device) -
     while block_r < 2 * launch.block_m and 2 * block_r <= most:
         block_r *= 2
     block_k = 128 if launch.gated or block_r > 32 else 256
+    if launch.gated and launch.block_m > 8:
+        # Warps that divide rows hold half as many sums: gate and up of LLaMA-7B for 32 tokens take 2.6 us less of a
+        # layer, 3.9 with the tile of the table (H200).
+        block_k = 64
     column = 2 * (block_r + launch.block_m) * halves
     rule = [block_r, block_k, 2, max(2, 64 * 1024 // (column * block_k))]
 

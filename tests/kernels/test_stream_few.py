@@ -67,11 +67,14 @@ def test_tiles_fit(hopper, tokens, gated):
             tile.block_r, tile.block_k, tile.block_m, tile.num_warps, tile.num_stages, gated
         )
         assert used <= 232448, (k, rows, tile)
-        pieces = tile.block_k // _stream.PIECE // tile.num_warps
-        sums = (2 if gated else 1) * pieces * tile.block_r * tile.block_m // 32
+        pieces = tile.block_k // _stream.PIECE
+        columns, parts = _stream_few.division(tile.num_warps, pieces)
+        sums = (
+            (2 if gated else 1) * (pieces // columns) * (tile.block_r // parts) * tile.block_m // 32
+        )
         assert sums <= 128, ("registers a thread", k, rows, tile)
         assert tile.block_m >= tokens and tile.block_m >= 8 and tile.block_r >= 16
-        assert tile.num_warps * _stream.PIECE <= tile.block_k
+        assert columns * parts == tile.num_warps and tile.block_r >= 16 * parts
         assert 1 <= tile.num_stages <= -(-k // tile.block_k)
 
 
@@ -96,7 +99,9 @@ def test_candidates_are_possible():
         )
         assert len(tiles) > 4 and len(set(tiles)) == len(tiles)
         for t in tiles:
-            assert t.block_m == tokens and 64 * t.num_warps <= t.block_k and t.num_stages <= 12
+            columns, parts = _stream_few.division(t.num_warps, t.block_k // 64)
+            assert columns * parts == t.num_warps and t.block_r >= 16 * parts
+            assert t.block_m == tokens and t.num_stages <= 12
             used = _stream_few.shared_bytes(
                 t.block_r, t.block_k, t.block_m, t.num_warps, t.num_stages, gated
             )
@@ -160,10 +165,14 @@ class TestGpu:
         assert len(self.launched) == 2
 
     @pytest.mark.parametrize("stages", (1, 2, 3, 8))
-    @pytest.mark.parametrize("block_k", (128, 256, 512))
-    @pytest.mark.parametrize(("block_r", "warps"), ((16, 2), (16, 4), (32, 2), (64, 4), (128, 2)))
+    @pytest.mark.parametrize("block_k", (64, 128, 256, 512))
+    @pytest.mark.parametrize(
+        ("block_r", "warps"),
+        ((16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8), (128, 2), (128, 8)),
+    )
     def test_tiles(self, block_r, warps, block_k, stages):
-        if warps * 64 > block_k or (block_r + 8) * block_k * stages * 2 > 220_000:
+        most = (block_r // 16) * (block_k // 64)
+        if warps > most or (block_r + 8) * block_k * stages * 2 > 220_000:
             pytest.skip("no such tile")
         tile = _tuning.Tile(block_r, block_k, warps, 8, stages)
         w, x = gapped_weights((1031,), (2120,)), gapped(11, 2120)  # more tokens than one tile has
