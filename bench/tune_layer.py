@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import statistics
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fsvd_compile import bench
 from fsvd_compile.bench import decode, tune
+from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.kernels import (
     _tuning,
     decode_attention_triton,
@@ -122,8 +122,11 @@ def main() -> None:
         sys.exit(
             f"tune_layer: {len(args.ranks)} --ranks; attention, MLP and perhaps k and v have one."
         )
+    cache = args.cache or 2 * args.context
+    if cache <= args.context:
+        sys.exit(f"tune_layer: --cache {cache} has no room behind --context {args.context}.")
     ranks = (*args.ranks, args.ranks[0])[:3]
-    what = Setting(args.model, ranks, args.tokens, args.context, args.cache or 2 * args.context)
+    what = Setting(args.model, ranks, args.tokens, args.context, cache)
     begin(what)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         jobs = [(what, n, c) for n in NAMES for c in candidates(n)]
@@ -155,24 +158,16 @@ def main() -> None:
     print(f"at last {layer_us(layers):.2f} us a layer, linears alone {linears:.2f}")
     print(tiles)
     if args.json:
-        where = bench.conditions(
-            "cuda",
-            layers=args.layers,
-            **what._asdict(),
-            dtype=torch.bfloat16,
-        )
-        with open(args.json, "w") as file:
-            json.dump(
-                {
-                    "conditions": where,
-                    "tiles": tiles,
-                    "us_per_layer": best,
-                    "us_linears": linears,
-                    "tried": tried,
-                },
-                file,
-                indent=1,
-            )
+        found = {
+            "conditions": conditions(
+                "cuda", layers=args.layers, **what._asdict(), dtype=torch.bfloat16
+            ),
+            "tiles": tiles,
+            "us_per_layer": best,
+            "us_linears": linears,
+            "tried": tried,
+        }
+        write_json(found, Path(args.json))
 
 
 def asked(name: str) -> Launch:
