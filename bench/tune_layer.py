@@ -208,7 +208,8 @@ def candidates(name: str) -> list[tuple]:
             several = sorted({max(1, splits * n // 4) for n in (2, 3, 4, 5, 6, 8)})
             found = itertools.product((rows // 2, rows, 2 * rows), several, (2, 4), (1, 2, 3))
         else:
-            found = itertools.product((32, 64, 128), (1, 2), (2, 4), (1, 2, 3, 4))
+            several = sorted({1, 2, splits})
+            found = itertools.product((32, 64, 128), several, (2, 4), (1, 2, 3, 4))
         return [tile for tile in found if tile[0] >= 16 * tile[2]]
     return tune.candidates(asked(name))
 

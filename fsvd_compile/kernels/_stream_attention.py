@@ -1,4 +1,4 @@
-"""Streamed decode attention: K and V in shared memory by TMA, warps that do not wait for one another.
+"""Streamed decode attention: K and V in shared memory by TMA, a softmax for every warp.
 
 What `fsvd::decode_attention` computes, for compute capability 9.0, bf16 and fp16, head dims of 64 and 128 and up to 16
 query heads a KV head. A block of rows lies in shared memory in as many parts as there are warps, and each warp keeps a
@@ -33,6 +33,8 @@ if _stream.gluon is not None:
 
 # Query heads of a KV head: the rows of an operand of `mma`.
 MOST_GROUP = 16
+# Elements between neighbours in a dimension of a tensor map: 40 bits of bytes.
+MOST_STRIDE = 1 << 39
 # Rows of the mask that lie in shared memory at once.
 MOST_CHUNK = 1024
 
@@ -46,7 +48,7 @@ def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, by_head: bool) -> bool:
         and all(
             t.shape[3] in (PIECE, 2 * PIECE)
             and _triton.aligned(t)
-            and all(s % 8 == 0 for s in t.stride()[:3])
+            and all(0 < s < MOST_STRIDE and s % 8 == 0 for s in t.stride()[:3])
             for t in (k_cache, v_cache)
         )
     )
@@ -61,6 +63,7 @@ def launch(
     shared: dict, k_cache: Tensor, v_cache: Tensor, grid: tuple[int, ...], pdl: bool
 ) -> None:
     """Launches the kernel with the arguments it shares with the other, see `decode_attention`."""
+    block_n, rows = shared["BLOCK_N"], next_power_of_2(cdiv(shared["S"], shared["SPLITS"]))
     flat = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
     _triton.launch(
         _stream_attention,
@@ -68,11 +71,9 @@ def launch(
         k_cache.device,
         pdl,
         **shared,
-        K_MAP=_map(k_cache, shared["BLOCK_N"], flat),
-        V_MAP=_map(v_cache, shared["BLOCK_N"], flat),
-        CHUNK=min(
-            MOST_CHUNK, max(shared["BLOCK_N"], next_power_of_2(cdiv(shared["S"], shared["SPLITS"])))
-        ),
+        K_MAP=_map(k_cache, block_n, flat),
+        V_MAP=_map(v_cache, block_n, flat),
+        CHUNK=block_n if shared["MASK_KIND"] == "none" else min(MOST_CHUNK, max(block_n, rows)),
         RING=gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3),
         MMA=gl.NVMMADistributedLayout(
             version=[2, 0], warps_per_cta=[shared["num_warps"], 1, 1], instr_shape=[1, 16, 8]
@@ -168,14 +169,17 @@ def _stream_attention(
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
 
-    # How far the cache is filled. Before the wait it is a guess; a wrong one is found out below.
-    guess = gl.load(POSITION, volatile=True).to(gl.int32)
-    filled = S
-    if MASK_KIND != "none":
-        filled = gl.minimum(gl.maximum(guess, 0), S)
-    share = gl.cdiv(gl.cdiv(filled, BLOCK_N), SPLITS) * BLOCK_N
-    first = split * share
-    past = gl.minimum(first + share, filled)
+    # How far the cache is filled. Before the wait it is a guess, one for all warps; a wrong one is found out below.
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    seen_at = gl.allocate_shared_memory(
+        gl.int32,
+        [1],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+        gl.load(POSITION + gl.arange(0, 1, layout=ONE), volatile=True).to(gl.int32),
+    )
+    barrier()
+    guess = gl.max(seen_at.load(ONE), axis=0)
+    filled, first, past = _share(guess, split, S, SPLITS, BLOCK_N, MASK_KIND)
     # At least 1, as the compiler is told: it would have one wait for no blocks and one for some.
     turns = gl.maximum(gl.cdiv(past - first, BLOCK_N), 1)
     ahead = gl.minimum(turns, STAGES)
@@ -220,7 +224,8 @@ def _stream_attention(
     v_new = gl.load(new_at + e * stride_wd).to(dtype)
     new_bias = 0.0
     if MASK_KIND != "none":
-        new_bias = bias_of(mask_at, guess, (guess >= 0) & (guess < S), stride_mn, MASK_KIND)
+        inside = (guess >= 0) & (guess < S)
+        new_bias = bias_of(mask_at, gl.cast(guess, gl.int64), inside, stride_mn, MASK_KIND)
     q_shared = gl.allocate_shared_memory(
         dtype, [16, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]), q
     )
@@ -245,8 +250,7 @@ def _stream_attention(
         stage = turn % STAGES
         start = first + turn * BLOCK_N
         if MASK_KIND == "none":
-            row = start + at_n
-            bias = gl.where((row < past) & (row != position), 0.0, float("-inf"))
+            bias = _biases_of(mask_at, start + at_n, past, position, stride_mn, MASK_KIND)
         else:
             block = turn % (CHUNK // BLOCK_N)
             if (block == 0) & (turn > 0):
@@ -270,38 +274,49 @@ def _stream_attention(
                 K_MAP, V_MAP, k_ring, v_ring, bar, stage, batch, kv_head, start + STAGES * BLOCK_N
             )
 
+    redo = 0
     if position != guess:
         # What was read is not what is there, nor all of it.
         top = gl.full([num_warps, 16], float("-inf"), gl.float32, layout=gl.SliceLayout(2, MMA))
         total = gl.zeros([num_warps, 16], gl.float32, layout=gl.SliceLayout(2, MMA))
         acc0 = gl.zeros([num_warps, 16, 64], gl.float32, layout=MMA)
         acc1 = acc0
-        filled = 0
+        # Other splits may have guessed right, so each has to have the share that it has by the number itself.
+        filled, first, past = _share(position, split, S, SPLITS, BLOCK_N, MASK_KIND)
+        redo = gl.cdiv(past - first, BLOCK_N)
         if MASK_KIND != "none":
             inside = (position >= 0) & (position < S)
-            new_bias = bias_of(mask_at, position, inside, stride_mn, MASK_KIND)
+            new_bias = bias_of(mask_at, gl.cast(position, gl.int64), inside, stride_mn, MASK_KIND)
+    bar = bars.index(STAGES)
+    late = 0
+    for turn in range(redo):
+        start = first + turn * BLOCK_N
+        barrier()
+        _copy(K_MAP, V_MAP, k_ring, v_ring, bar, 0, batch, kv_head, start)
+        bias = _biases_of(mask_at, start + at_n, past, position, stride_mn, MASK_KIND)
+        mbarrier.wait(bar, late & 1)
+        late += 1
+        _hide(vs, 0, start, past, position, DV)
+        top, total, acc0, acc1 = _absorb(
+            ks, vs, 0, q0, q1, bias, scale, top, total, acc0, acc1, D, DV, MMA
+        )
     # What the mask shows beyond, see `decode_attention`.
     SCAN: gl.constexpr = 1024
     scan = gl.arange(0, SCAN, layout=gl.BlockedLayout([4], [32], [num_warps], [0]))
     end = gl.where(end == position + 1, position, end)
-    late = 0
     for piece in range(split, gl.cdiv(end - filled, SCAN), SPLITS):
         begin = filled + piece * SCAN
-        beyond = bias_of(mask_at, begin + scan, begin + scan < S, stride_mn, MASK_KIND)
-        seen = (beyond > float("-inf")) & (begin + scan != position)
-        if gl.max(seen.to(gl.int32), axis=0) > 0:
+        beyond = _biases_of(mask_at, begin + scan, S, position, stride_mn, MASK_KIND)
+        if gl.max((beyond > float("-inf")).to(gl.int32), axis=0) > 0:
             for start in range(begin, begin + SCAN, BLOCK_N):
                 barrier()
-                bar = bars.index(STAGES)
                 _copy(K_MAP, V_MAP, k_ring, v_ring, bar, 0, batch, kv_head, start)
-                far = start + at_n
-                unseen = bias_of(mask_at, far, far < S, stride_mn, MASK_KIND)
-                unseen = gl.where(far != position, unseen, float("-inf"))
+                bias = _biases_of(mask_at, start + at_n, S, position, stride_mn, MASK_KIND)
                 mbarrier.wait(bar, late & 1)
                 late += 1
                 _hide(vs, 0, start, S, position, DV)
                 top, total, acc0, acc1 = _absorb(
-                    ks, vs, 0, q0, q1, unseen, scale, top, total, acc0, acc1, D, DV, MMA
+                    ks, vs, 0, q0, q1, bias, scale, top, total, acc0, acc1, D, DV, MMA
                 )
 
     # The warps' results become one, and the new token's. Summed within threads, as a reduction over warps takes longer.
@@ -390,8 +405,31 @@ def _biases(
     """fp32 `[CHUNK]` to add to the scores of rows from `start` to `past` but the one that is being written."""
     EACH: gl.constexpr = CHUNK // (32 * WARPS) if CHUNK > 32 * WARPS else 1
     row = start + gl.arange(0, CHUNK, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+    return _biases_of(mask_at, row, past, position, stride_n, MASK_KIND)
+
+
+@jit
+def _biases_of(mask_at, row, past, position, stride_n, MASK_KIND: gl.constexpr):
+    """fp32 to add to the scores of rows in front of `past`; -inf for others and for the one that is being written."""
     bias = bias_of(mask_at, row, row < past, stride_n, MASK_KIND)
     return gl.where(row != position, bias, float("-inf"))
+
+
+@jit
+def _share(
+    position,
+    split,
+    S,
+    SPLITS,
+    BLOCK_N: gl.constexpr,
+    MASK_KIND: gl.constexpr,
+):
+    """(how many rows are filled if this is the position, a split's first row, and the one behind its last)."""
+    filled = S
+    if MASK_KIND != "none":
+        filled = gl.minimum(gl.maximum(position, 0), S)
+    share = gl.cdiv(gl.cdiv(filled, BLOCK_N), SPLITS) * BLOCK_N
+    return filled, split * share, gl.minimum(split * share + share, filled)
 
 
 @jit

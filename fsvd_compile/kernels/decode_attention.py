@@ -154,6 +154,7 @@ def _decode_attention(
     BLOCK_DV: tl.constexpr,
     BLOCK_LATE: tl.constexpr,
     SCAN: tl.constexpr,
+    THREADS: tl.constexpr,
     STAGES: tl.constexpr,
     MASK_KIND: tl.constexpr,
     BY_HEAD: tl.constexpr,
@@ -193,8 +194,9 @@ def _decode_attention(
         mask_at += kv_head * GROUP * stride_mh
         at_n = n
 
-    # How far the cache is filled. Before the wait it is a guess; a wrong one is found out below.
-    guess = tl.load(POSITION, volatile=True).to(tl.int32)
+    # How far the cache is filled. Before the wait it is a guess, one for all warps; a wrong one is found out below.
+    guess = tl.max(tl.load(POSITION + tl.zeros([THREADS], tl.int32), volatile=True), axis=0)
+    guess = guess.to(tl.int32)
     filled = S
     if MASK_KIND != "none":
         filled = tl.minimum(tl.maximum(guess, 0), S)
@@ -256,17 +258,19 @@ def _decode_attention(
             row = start + step + at_n
             bias = bias_of(mask_at, row, row < filled, stride_mn, MASK_KIND)
 
+    redo = 0
     if position != guess:
-        # What was read is not what is there, nor all of it.
+        # What was read is not what is there, nor all of it. Other splits may have guessed right, so each has to have
+        # the blocks that it has by the number itself.
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-        filled = 0
+        filled = S
+        if MASK_KIND != "none":
+            filled = tl.minimum(tl.maximum(position, 0), S)
+        redo = filled
         inside = (position >= 0) & (position < S) & head_ok
         new_bias = bias_of(new_mask, tl.cast(position, tl.int64), inside, stride_mn, MASK_KIND)
-    # What the mask shows beyond: nothing in a causal model whose position was guessed right. To find that out costs
-    # 1.4 us of 61 a LLaMA-7B layer (H200), which `reach` saves. Small blocks, so that this takes no more registers
-    # than the loop above.
     scan = tl.arange(0, SCAN)
     late = tl.arange(0, BLOCK_LATE)
     if BY_HEAD:
@@ -274,6 +278,20 @@ def _decode_attention(
         at_late = late[None, :]
     else:
         at_late = late
+    for begin in range(first, redo, step):
+        for start in range(begin, begin + BLOCK_N, BLOCK_LATE):
+            row = start + at_late
+            late_bias = bias_of(mask_at, row, row < filled, stride_mn, MASK_KIND)
+            late_bias = tl.where(row != position, late_bias, float("-inf"))
+            row = start + late
+            ok = ((row < filled) & (row != position))[:, None]
+            at = tl.cast(row, tl.int64)[:, None]
+            k = tl.load(k_base + at * stride_kn + d, mask=ok & (d < D), other=0.0)
+            v = tl.load(v_base + at * stride_vn + e, mask=ok & (e < DV), other=0.0)
+            top, total, acc = _absorb(q, k, v, late_bias, scale, top, total, acc, INTERPRET)
+    # What the mask shows beyond: nothing in a causal model whose position was guessed right. To find that out costs
+    # 1.4 us of 61 a LLaMA-7B layer (H200), which `reach` saves. Small blocks, so that this takes no more registers
+    # than the loop above.
     end = tl.where(end == position + 1, position, end)
     for piece in range(split, tl.cdiv(end - filled, SCAN), SPLITS):
         begin = filled + piece * SCAN
@@ -473,6 +491,7 @@ def decode_attention_triton(
             BLOCK_DV=max(16, next_power_of_2(dv)),
             BLOCK_LATE=16,
             SCAN=16 if by_head else 1024,
+            THREADS=32 * tile.num_warps,
             BY_HEAD=by_head,
             INTERPRET=_triton.interpreted(),
         )

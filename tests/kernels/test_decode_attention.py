@@ -272,15 +272,82 @@ class TestGpu:
             return taken[-1] and request.param == "streamed"
 
         monkeypatch.setattr(_stream_attention, "takes", asked)
+        self.taken = taken
         yield
         if request.param == "other" and not any(taken):
             pytest.skip("the other run was of this kernel")
+
+    @pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="not streamed here",
+    )
+    def test_what_is_streamed(self):
+        def streams(dims=(128, 128), heads=(8, 2), mask="decode", dtype=torch.bfloat16, cache=None):
+            args = list(case((2, *heads, 100, *dims), mask, dtype=dtype, device="cuda"))
+            if cache is not None:
+                args[5] = cache(args[5])
+            self.taken.clear()
+            OP(*args)
+            return self.taken == [True]
+
+        assert (
+            streams()
+            and streams(dtype=torch.float16)
+            and streams((64, 128))
+            and streams(mask="none")
+        )
+        assert (
+            streams(heads=(16, 1)) and streams(heads=(5, 5)) and streams(heads=(8, 8), mask="heads")
+        )
+        assert not streams(heads=(17, 1)) and not streams(mask="heads")
+        assert (
+            not streams(dtype=torch.float32) and not streams((80, 80)) and not streams((256, 256))
+        )
+        assert streams(cache=lambda c: c.transpose(1, 2).contiguous().transpose(1, 2))
+        wide = lambda c, more: torch.cat((c, c[..., :more]), -1)[..., :128]  # noqa: E731
+        assert streams(cache=lambda c: wide(c, 8)) and not streams(cache=lambda c: wide(c, 4))
+
+    @pytest.mark.parametrize("mask", ("bool", "float", "none"))
+    @pytest.mark.parametrize("length", (2500, 4096))
+    @pytest.mark.parametrize("splits", (None, 1, 2))
+    def test_many_rows_a_program(self, splits, length, mask):
+        """Rings that go round and the next thousand rows of a mask, all of which are seen here and there."""
+        for heads, dtype in (((4, 2), torch.bfloat16), ((3, 3), torch.float16)):
+            make = {"dtype": dtype, "device": "cuda"}
+            args = list(case((2, *heads, length, 128, 128), "none", position=length - 1, **make))
+            seen = torch.rand(2, 1, 1, length, device="cuda") > 0.4
+            if mask == "bool":
+                args[8] = seen
+            elif mask == "float":
+                args[8] = torch.where(seen, torch.randn(seen.shape, device="cuda"), float("-inf"))
+                args[8] = args[8].to(dtype)
+            check(lambda *a, n=splits: decode_attention_triton(*a, splits=n), args, LIMITS[dtype])
+
+    @pytest.mark.parametrize("mask", ("column", "expanded", "matrix", "additive"))
+    @pytest.mark.parametrize("heads", ((5, 1), (16, 1), (28, 4)))
+    def test_masks_groups_and_layouts(self, heads, mask):
+        make = {"dtype": torch.float16, "device": "cuda"}
+        args = list(case((2, *heads, 300, 64, 128), mask, position=200, table=2, **make))
+        args[5] = args[5].transpose(1, 2).contiguous().transpose(1, 2)
+        check(lambda *a: decode_attention_triton(*a, splits=3), args, LIMITS[torch.float16])
+
+    @pytest.mark.parametrize("splits", (1, 3))
+    @pytest.mark.parametrize("position", (-1, 60, 300))
+    def test_a_sequence_that_sees_nothing(self, position, splits):
+        make = {"dtype": torch.bfloat16, "device": "cuda"}
+        args = list(case((2, 8, 2, 300, 128, 128), "none", position=position, **make))
+        args[8] = torch.zeros(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+        args[8][1, ..., :40] = True
+        before = args[5].clone()
+        actual = decode_attention_triton(*args, splits=splits)
+        assert not actual[0].any() and actual[1].isfinite().all() and actual[1].any()
+        assert torch.equal(args[5], before) == (position != 60)
 
     @pytest.mark.parametrize("heads", ((8, 8), (8, 2)))
     @pytest.mark.parametrize("dims", ((64, 64), (128, 64), (128, 128)))
     @pytest.mark.parametrize("length", (1, 65, 1000, 2500))
     def test_lengths(self, dims, heads, length):
-        """Cut off at blocks, at chunks of the mask and nowhere in particular."""
+        """Cut off at blocks and nowhere in particular."""
         for position in {0, length // 2, length - 1}:
             for mask in ("none", "decode", "additive"):
                 shape = (3, *heads, length, *dims)
