@@ -133,9 +133,8 @@ def assert_no_spills(kernel: dict) -> None:
         "_gemv": 0,
         "_stream": 136 if "down-shrink" in kernel["case"] else 0,
         # Gate and up of 64 tokens take all 255 registers and 16 bytes.
-        # So do the tiles of a cache for 8 and more sequences, with up to 32; others were slower
-        # (`decode_attention_tile`).
-        "_decode_attention": 32 if "-batch-" in kernel["case"] else 16,
+        # So do the tiles of a cache for 8 and more sequences, with up to 32, and grouped heads in fp32.
+        "_decode_attention": 32,
         "_stream_few": 16 if kernel["case"].startswith("gate-") else 0,
         "_stream_attention": 0,
     }
