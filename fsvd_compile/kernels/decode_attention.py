@@ -4,6 +4,8 @@ It computes `fsvd::rope_append` and then `fsvd::attention`. Apart, the cache can
 the append has finished, and three short kernels stand one behind the other; here every program copies its
 first blocks of K and V to shared memory while the projection before it still runs, and takes the new
 token's row from the projection instead of from the cache.
+
+Two kernels compute it: `_stream_attention` on compute capability 9.0 what it takes, `_decode_attention` all else.
 """
 
 from __future__ import annotations
@@ -383,7 +385,7 @@ def decode_attention_triton(
     read_ahead: bool = False,
     splits: int | None = None,
 ) -> Tensor:
-    """`decode_attention_aten` by a split-KV kernel, and a second one that combines the splits.
+    """`decode_attention_aten` by split KV (flash decoding, Dao et al., 2023) and a kernel that combines the splits.
 
     Programs over KV split, KV head and sequence. A program copies K and V blocks ahead, as far as
     `position` says the cache is filled; what the mask shows beyond that is read late (hidden rows of a
