@@ -197,6 +197,7 @@ def candidates(launch: Launch) -> list[Tile]:
             for rows, warps, block_k, stages in itertools.product(
                 (16, 32, 64, 128), (2, 4, 8), (64, 128, 256, 512), (1, 2, 3, 4, 6, 8)
             )
+            # A warp has a piece of 64 columns of 16 rows at least.
             if 1024 * warps <= block_k * rows and stages <= _triton.cdiv(launch.k, block_k)
         ]
         return [

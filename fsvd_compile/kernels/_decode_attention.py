@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fsvd_compile.kernels import _triton
 from fsvd_compile.kernels._triton import jit, next_power_of_2, tl
-from fsvd_compile.kernels.attention import bias_of
+from fsvd_compile.kernels.attention import bias_of, filled_rows
 from fsvd_compile.kernels.rope_append import rotated
 
 
@@ -132,9 +132,7 @@ def _decode_attention(
     # How far the cache is filled. Before the wait it is a guess, one for all warps; a wrong one is found out below.
     guess = tl.max(tl.load(POSITION + tl.zeros([THREADS], tl.int32), volatile=True), axis=0)
     guess = guess.to(tl.int32)
-    filled = S
-    if MASK_KIND != "none":
-        filled = tl.minimum(tl.maximum(guess, 0), S)
+    filled = filled_rows(guess, S, MASK_KIND)
     step = SPLITS * BLOCK_N
     first = split * BLOCK_N
     # One turn at least: the wait is in it.
@@ -200,9 +198,7 @@ def _decode_attention(
         top = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_G], tl.float32)
         acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-        filled = S
-        if MASK_KIND != "none":
-            filled = tl.minimum(tl.maximum(position, 0), S)
+        filled = filled_rows(position, S, MASK_KIND)
         redo = filled
         inside = (position >= 0) & (position < S) & head_ok
         new_bias = bias_of(new_mask, tl.cast(position, tl.int64), inside, stride_mn, MASK_KIND)

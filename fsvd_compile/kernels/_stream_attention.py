@@ -14,7 +14,7 @@ from torch import Tensor
 from fsvd_compile.kernels import _stream, _triton
 from fsvd_compile.kernels._stream import PIECE, jit
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
-from fsvd_compile.kernels.attention import bias_of
+from fsvd_compile.kernels.attention import bias_of, filled_rows
 from fsvd_compile.kernels.rope_append import rotated
 
 if _stream.gluon is not None:
@@ -425,9 +425,7 @@ def _share(
     MASK_KIND: gl.constexpr,
 ):
     """(how many rows are filled if this is the position, a split's first row, and the one behind its last)."""
-    filled = S
-    if MASK_KIND != "none":
-        filled = gl.minimum(gl.maximum(position, 0), S)
+    filled = filled_rows(position, S, MASK_KIND)
     share = gl.cdiv(gl.cdiv(filled, BLOCK_N), SPLITS) * BLOCK_N
     return filled, split * share, gl.minimum(split * share + share, filled)
 

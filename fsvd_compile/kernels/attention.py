@@ -256,6 +256,15 @@ def bias_of(mask_at, row, seen, stride_n, MASK_KIND: tl.constexpr):
 
 
 @jit
+def filled_rows(position, S, MASK_KIND: tl.constexpr):
+    """How many rows of a cache lie in front of `position`; all of them where no mask may hide any."""
+    filled = S
+    if MASK_KIND != "none":
+        filled = tl.minimum(tl.maximum(position, 0), S)
+    return filled
+
+
+@jit
 def _absorb(q, k, v, bias, scale, top, total, acc, INTERPRET: tl.constexpr):
     """One block of the online softmax; k [D, N], v [N, Dv], bias is -inf where hidden."""
     if INTERPRET:
