@@ -23,7 +23,7 @@ from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten
-from fsvd_compile.kernels.ahead import compile_ahead
+from fsvd_compile.kernels.ahead import compiling_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
@@ -116,19 +116,21 @@ def _compiled(
     dynamic = _dynamic(gm)
     if len(pieces) < 2:
         report.layers = [1]
-        _compile_kernels(gm.graph.nodes, config, dynamic)
-        with _counted(list(gm.graph.nodes), report):
+        with (
+            _kernels_compiled(gm.graph.nodes, config, dynamic),
+            _counted(list(gm.graph.nodes), report),
+        ):
             whole = compile_fn(gm, example_inputs)
         return _graphed(whole, "step", static, written, config, report, dynamic)
 
     compiled: dict[tuple, Callable] = {}
     signatures = [piece.signature() for piece in pieces]
     distinct = dict(zip(signatures, pieces, strict=True)).values()
-    _compile_kernels((n for piece in distinct for n in piece.nodes), config, dynamic)
-    for piece, signature in zip(pieces, signatures, strict=True):
-        if signature not in compiled:
-            with _counted(piece.nodes, report):
-                compiled[signature] = compile_piece(piece, compile_fn)
+    with _kernels_compiled((n for piece in distinct for n in piece.nodes), config, dynamic):
+        for piece, signature in zip(pieces, signatures, strict=True):
+            if signature not in compiled:
+                with _counted(piece.nodes, report):
+                    compiled[signature] = compile_piece(piece, compile_fn)
     report.layers = [signatures.count(signature) for signature in compiled]
     functions = [compiled[signature] for signature in signatures]
     if config.cuda_graphs == "layer":
@@ -149,22 +151,28 @@ def _compiled(
     return _graphed(program, "step", static, written, config, report, dynamic)
 
 
-def _compile_kernels(nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None) -> None:
-    """Our kernels for these operations, where sizes are known."""
-    try:
-        ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
-        calls = [
-            (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
-            for n in ops
-            if all(is_static(a) for a in n.all_input_nodes)
-        ]
-        compile_ahead(calls, captured=config.cuda_graphs != "off" and not dynamic)
-    except Exception as error:  # time is lost, nothing else
-        log.warning(
-            "kernels were not compiled ahead (%s: %s); each is when it first runs",
-            type(error).__name__,
-            error,
-        )
+@contextlib.contextmanager
+def _kernels_compiled(
+    nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None
+) -> Iterator[None]:
+    """Our kernels for these operations, where sizes are known, are compiled when the block ends."""
+    with contextlib.ExitStack() as stack:
+        try:
+            ops = [n for n in nodes if name_of(n) and val(n.args[0]).device.type == "cuda"]
+            calls = [
+                (n.target, map_arg(n.args, lambda a: a.meta["example_value"]))
+                for n in ops
+                if all(is_static(a) for a in n.all_input_nodes)
+            ]
+            captured = config.cuda_graphs != "off" and not dynamic
+            stack.enter_context(compiling_ahead(calls, captured))
+        except Exception as error:  # time is lost, nothing else
+            log.warning(
+                "kernels were not compiled ahead (%s: %s); each is when it first runs",
+                type(error).__name__,
+                error,
+            )
+        yield
 
 
 @contextlib.contextmanager

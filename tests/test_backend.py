@@ -53,7 +53,7 @@ def test_without_kernels_ahead_of_time_it_still_works(monkeypatch, caplog):
     def fails(calls, captured):
         raise RuntimeError("another mode is active")
 
-    monkeypatch.setattr("fsvd_compile.backend.compile_ahead", fails)
+    monkeypatch.setattr("fsvd_compile.backend.compiling_ahead", fails)
     model, x = chain(), torch.randn(3, 48)
     with torch.no_grad():
         assert_close("y", torch.compile(model, backend="flashsvd")(x), model(x), 1e-5)

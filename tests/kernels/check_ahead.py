@@ -1,7 +1,8 @@
-"""That `compile_ahead` on fake tensors compiles the very kernels that the launchers ask for with real ones.
+"""That `compiling_ahead` on fake tensors compiles the very kernels that the launchers ask for with real ones.
 
 Run as a script by test_compile_ahead.py, as compile_ahead.py is: with a stand-in driver, on CPU tensors that are never
-read. Prints which kernels were compiled ahead, and which others the launchers then asked for.
+read. Prints which kernels were compiled ahead, which others the launchers then asked for, what they were given, and
+whether Triton compiled as ever what the block itself asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import compile_ahead
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime import _async_compile
 
 from fsvd_compile.kernels import _triton, ahead
 
@@ -59,18 +61,27 @@ def main() -> None:
     triton.runtime.JITFunction._do_compile = counted
     with FakeTensorMode():
         calls = arguments()
-    ahead.compile_ahead(calls, captured=True)
+    with ahead.compiling_ahead(calls, captured=True):
+        plainly = _async_compile.active_mode.get() is None
     ahead_of_time = list(compiled)
 
     run = triton.runtime.JITFunction.run
-    triton.runtime.JITFunction.run = lambda *args, **kwargs: run(
-        *args, **{**kwargs, "warmup": True}
-    )
+    given_out: set[str] = set()
+
+    def warmed(*args, **kwargs):
+        given_out.add(type(run(*args, **{**kwargs, "warmup": True})).__name__)
+
+    triton.runtime.JITFunction.run = warmed
     for op, given in arguments():
         ahead._CUDA[op](*given)
         with _triton.own_capture():
             ahead._CUDA[op](*given)
-    line = {"ahead": ahead_of_time, "later": compiled[len(ahead_of_time) :]}
+    line = {
+        "ahead": ahead_of_time,
+        "later": compiled[len(ahead_of_time) :],
+        "given out": sorted(given_out),
+        "block as ever": plainly,
+    }
     sys.stdout.write(json.dumps(line) + "\n")
 
 

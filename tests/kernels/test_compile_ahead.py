@@ -159,3 +159,39 @@ def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
         "_stream_few",
     ]
     assert not line["later"]
+    assert line["given out"] == [
+        "CompiledKernel"
+    ]  # and not what stands in for one that is being compiled
+    assert line["block as ever"]
+
+
+@pytest.mark.gpu
+def test_kernels_are_loaded_when_the_block_ends(monkeypatch):
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.compiler import CompiledKernel
+
+    from fsvd_compile.kernels import ahead
+
+    loaded, load = [], CompiledKernel._init_handles
+
+    def counted(kernel):
+        if kernel.module is None:
+            loaded.append(kernel.name)
+        return load(kernel)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", counted)
+
+    def call():
+        x = torch.randn(5, 1, 1208, device="cuda", dtype=torch.bfloat16)
+        w = torch.randn(72, 1208, device="cuda", dtype=torch.bfloat16)
+        return x, [w], [None], "rms", None, None, 1e-5, 0.0
+
+    with FakeTensorMode():
+        fake = call()
+    with ahead.compiling_ahead([(torch.ops.fsvd.shrink.default, fake)], captured=False):
+        pass
+    assert loaded
+    early = len(loaded)
+    torch.ops.fsvd.shrink(*call())
+    assert len(loaded) == early
