@@ -197,8 +197,10 @@ def candidates(launch: Launch) -> list[Tile]:
             for rows, warps, block_k, stages in itertools.product(
                 (16, 32, 64, 128), (2, 4, 8), (64, 128, 256, 512), (1, 2, 3, 4, 6, 8)
             )
-            # A warp has a piece of 64 columns of 16 rows at least.
-            if 1024 * warps <= block_k * rows and stages <= _triton.cdiv(launch.k, block_k)
+            # A warp has a piece of 64 columns of 16 rows at least, and of its own where x is normalized.
+            if 1024 * warps <= block_k * rows
+            and stages <= _triton.cdiv(launch.k, block_k)
+            and (not launch.norm or 64 * warps <= block_k)
         ]
         return [
             t for t in tiles if both * t.num_stages * (t.block_r + t.block_m) * t.block_k in FEW

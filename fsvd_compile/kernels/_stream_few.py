@@ -6,6 +6,10 @@ are added at the end; where a block has fewer such pieces than there are warps, 
 TMA through the same ring as the weights, a block of columns at a time: 32 tokens of 4096 features are more than shared
 memory holds. A copy is issued by one thread and costs its program tens of nanoseconds, so a block of columns is one
 copy; only the last one of a row that is no whole number of blocks comes in pieces of 64, which have zeros behind K.
+
+RMSNorm of up to 16 tokens, the rows of an operand, happens inside, for a kernel of its own costs a boundary: x is
+multiplied by the norm's weight as it is read, and with itself on tensor cores, where the diagonal are the sums of
+squares that the result is scaled by.
 Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU only.
 """
 
@@ -13,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fsvd_compile.kernels import _stream, _triton
 from fsvd_compile.kernels._stream import PIECE, biases, jit
-from fsvd_compile.kernels._triton import activate, cdiv, locate, pick_size
+from fsvd_compile.kernels._triton import activate, cdiv, locate, next_power_of_2, pick_size
 
 if _stream.gluon is not None:
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -36,6 +41,9 @@ if _stream.gluon is not None:
 
 # Weights are streamed for so many tokens at most.
 MOST_TOKENS = 64
+# RMSNorm is part of the product for so many tokens, the rows of an operand, and features.
+MOST_NORMED = 16
+MOST_FEATURES = 8192
 
 
 def takes(
@@ -60,13 +68,42 @@ def takes(
     )
 
 
+def normalizes(x: Tensor, weights: Sequence[Tensor], norm: tuple) -> bool:
+    """Whether the norm in front of a shrink that `takes` is part of the product.
+
+    In bf16 alone: what is multiplied by the norm's weight is not normalized yet, and too large for fp16 perhaps.
+    """
+    kind, weight, _, _, offset = norm
+    return (
+        kind == "rms"
+        and offset == 0
+        and x.dtype == torch.bfloat16
+        and (weight is None or weight.dtype == x.dtype)
+        and x.shape[0] <= MOST_NORMED
+        and x.shape[1] <= MOST_FEATURES
+        and len(weights) <= 4
+    )
+
+
 def shared_bytes(
-    block_r: int, block_k: int, tokens: int, num_warps: int, stages: int, gated: bool
+    block_r: int,
+    block_k: int,
+    tokens: int,
+    num_warps: int,
+    stages: int,
+    gated: bool,
+    normed: int = 0,
 ) -> int:
-    """Shared memory of a program: its ring, or the sums of its warps once that is done with."""
+    """Shared memory of a program: its ring, or the sums of its warps once that is done with.
+
+    And the norm's weight, if x has so many features that are `normed`.
+    """
+    if normed:
+        tokens = max(tokens, MOST_NORMED)
     ring = 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1)
     columns, _ = division(num_warps, block_k // PIECE)
-    return max(ring, 4 * columns * block_r * tokens) + 1024
+    sums = 4 * columns * block_r * tokens
+    return max(ring, sums) + 2 * next_power_of_2(normed) * bool(normed) + 1024
 
 
 def division(num_warps: int, pieces: int) -> tuple[int, int]:
@@ -91,13 +128,16 @@ def launch(
     if len(set(offsets)) == 1 and len({w.shape[1] for w in weights}) == 1:
         inputs = inputs[:1]
     tail = any(w.shape[1] % tile.block_k for w in weights)
+    normed = shared["NORM"] != "none"
+    x_rows = max(tile.block_m, MOST_NORMED) if normed else tile.block_m
     maps = [_blocks(w, tile.block_r, pieces, smem) for w in weights]
-    x_maps = [_blocks(z, tile.block_m, pieces, smem) for z in inputs]
+    x_maps = [_blocks(z, x_rows, pieces, smem) for z in inputs]
     ends = [_pieces(w, tile.block_r, smem) for w in weights] if tail else maps
-    x_ends = [_pieces(z, tile.block_m, smem) for z in inputs] if tail else x_maps
+    x_ends = [_pieces(z, x_rows, smem) for z in inputs] if tail else x_maps
     taken = (
         "Y", "BIAS", "RES", "N", "NB", "KS", "M", "stride_ym", "stride_rm", "stride_rn",
         "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
+        "NORM_W", "HAS_NORM_W", "eps",
     )  # fmt: skip
     _triton.launch(
         _stream_few,
@@ -109,7 +149,10 @@ def launch(
         **_named("X", x_maps),
         **_named("WE", ends),
         **_named("XE", x_ends),
+        NORM=normed,
         TOKENS=tile.block_m,
+        X_ROWS=x_rows,
+        FEATURES=next_power_of_2(cdiv(x.shape[1], tile.block_k)) * tile.block_k if normed else 0,
         BLOCK_R=tile.block_r,
         PIECES=pieces,
         STAGES=tile.num_stages,
@@ -161,16 +204,22 @@ def _stream_few(
     XE3,
     BIAS,
     RES,
+    NORM_W,
     N,
     NB,
     KS,
     M,
+    eps,
     stride_ym,
     stride_rm,
     stride_rn,
     COUNT: gl.constexpr,
     ALIGN: gl.constexpr,
+    NORM: gl.constexpr,
+    HAS_NORM_W: gl.constexpr,
     TOKENS: gl.constexpr,
+    X_ROWS: gl.constexpr,
+    FEATURES: gl.constexpr,
     BLOCK_R: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -199,12 +248,12 @@ def _stream_few(
     X_HALVES: gl.constexpr = 1 if INPUTS == 1 else HALVES
     dtype: gl.constexpr = Y.dtype.element_ty
     ring = gl.allocate_shared_memory(dtype, [STAGES * HALVES, PIECES, BLOCK_R, 64], W0.layout)
-    xs = gl.allocate_shared_memory(dtype, [STAGES * X_HALVES, PIECES, TOKENS, 64], W0.layout)
+    xs = gl.allocate_shared_memory(dtype, [STAGES * X_HALVES, PIECES, X_ROWS, 64], W0.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    BYTES: gl.constexpr = PIECES * 128 * (BLOCK_R * HALVES + TOKENS * X_HALVES)
+    BYTES: gl.constexpr = PIECES * 128 * (BLOCK_R * HALVES + X_ROWS * X_HALVES)
     W, W_END = (W0, W1, W2, W3), (WE0, WE1, WE2, WE3)
     X, X_END = (X0, X1, X2, X3), (XE0, XE1, XE2, XE3)
     ahead = gl.minimum(count, STAGES)
@@ -216,6 +265,9 @@ def _stream_few(
     rows = row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, OUT))
     m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
     bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
+    scale = 0
+    if HAS_NORM_W:
+        scale = _scale(NORM_W, K, FEATURES, PIECES, num_warps)
 
     if USE_PDL:
         gdc_wait()
@@ -231,11 +283,17 @@ def _stream_few(
 
     acc = gl.zeros([PIECES, BLOCK_R, TOKENS], gl.float32, layout=MMA)
     up = acc
+    squares = gl.zeros([PIECES, X_ROWS, TOKENS], gl.float32, layout=MMA)
     for i in range(count):
         stage = i % STAGES
         bar = bars.index(stage)
         mbarrier.wait(bar, (i // STAGES) & 1)
-        acc = _product(ring.index(stage * HALVES), xs.index(stage * X_HALVES), acc, MMA)
+        if NORM:
+            acc, squares = _product_of_normed(
+                ring.index(stage), xs.index(stage), scale, i, acc, squares, HAS_NORM_W, MMA
+            )
+        else:
+            acc = _product(ring.index(stage * HALVES), xs.index(stage * X_HALVES), acc, MMA)
         if GATED:
             w, x = ring.index(stage * 2 + 1), xs.index(stage * X_HALVES + X_HALVES - 1)
             up = _product(w, x, up, MMA)
@@ -247,7 +305,11 @@ def _stream_few(
             _copy(W, W_END, ring, bar, j, stage, row, which, K, K_up, COUNT, HALVES, TAIL)
             _copy(X, X_END, xs, bar, j, stage, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
 
-    y = activate(gl.convert_layout(gl.sum(acc, axis=0), OUT) + bias[:, None], ACT)
+    y = gl.convert_layout(gl.sum(acc, axis=0), OUT)
+    if NORM:
+        mean = gl.convert_layout(_diagonal(squares, MMA), gl.SliceLayout(0, OUT)) / K
+        y *= gl.rsqrt(mean + gl.cast(eps, gl.float32))[None, :]
+    y = activate(y + bias[:, None], ACT)
     if GATED:
         y *= gl.convert_layout(gl.sum(up, axis=0), OUT) + bias_up[:, None]
     y += res
@@ -302,3 +364,40 @@ def _product(w, x, acc, MMA: gl.constexpr):
     a = w.load(gl.DotOperandLayout(0, MMA, 2))
     b = x.permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
     return mma_v2(a, b, acc)
+
+
+@jit
+def _scale(NORM_W, K, FEATURES: gl.constexpr, PIECES: gl.constexpr, num_warps: gl.constexpr):
+    """The norm's weight in shared memory, `[blocks, PIECES, 64]`, zeros behind K."""
+    FLAT: gl.constexpr = gl.BlockedLayout([8], [32], [num_warps], [0])
+    at = gl.arange(0, FEATURES, layout=FLAT)
+    one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    values = gl.load(NORM_W + at, mask=at < K, other=0.0)
+    kept = gl.allocate_shared_memory(NORM_W.dtype.element_ty, [FEATURES], one, values)
+    blocks: gl.constexpr = FEATURES // (PIECES * 64)
+    return kept._reinterpret(
+        NORM_W.dtype.element_ty, [blocks, PIECES, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+
+
+@jit
+def _product_of_normed(w, x, scale, i, acc, squares, HAS_NORM_W: gl.constexpr, MMA: gl.constexpr):
+    """`_product` with x times the norm's weight, and `[PIECES, X_ROWS, TOKENS]` products of tokens with each other."""
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    TOKENS: gl.constexpr = acc.shape[2]
+    b = x.permute((0, 2, 1)).slice(0, TOKENS, dim=2).load(B)
+    squares = mma_v2(x.load(A), b, squares)
+    if HAS_NORM_W:
+        b *= scale.index(i).load(gl.SliceLayout(2, B))[:, :, None]
+    return mma_v2(w.load(A), b, acc), squares
+
+
+@jit
+def _diagonal(squares, MMA: gl.constexpr):
+    """The diagonal of the sum over pieces, `[TOKENS]`."""
+    SUM: gl.constexpr = gl.SliceLayout(0, MMA)
+    total = gl.sum(squares, axis=0)
+    row = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, SUM))
+    token = gl.arange(0, total.shape[1], layout=gl.SliceLayout(0, SUM))
+    return gl.sum(gl.where(row[:, None] == token[None, :], total, 0.0), axis=0)

@@ -47,7 +47,7 @@ class Launch(NamedTuple):
         gated: Whether gate and up are multiplied.
         vector: Elements of a load where rows start anywhere between two multiples of 16 bytes (see
             `_linear`), else 1.
-        norm: Whether x is normalized first, of the kernel to which it matters ("stream").
+        norm: Whether x is normalized by the kernel, of those to which it matters ("stream" and "few").
     """
 
     op: str
@@ -209,10 +209,20 @@ def _few_tile(launch: Launch, measured: list[list[int]], device: torch.device) -
 
     def used(tile: Tile) -> int:
         return _stream_few.shared_bytes(
-            tile.block_r, tile.block_k, tile.block_m, tile.num_warps, tile.num_stages, launch.gated
+            tile.block_r,
+            tile.block_k,
+            tile.block_m,
+            tile.num_warps,
+            tile.num_stages,
+            launch.gated,
+            launch.k if launch.norm else 0,
         )
 
-    return _fitting(launch, [*measured, rule, [16, 128, 2, 1]], launch.block_m, used, device)
+    choices = [*measured, rule, [16, 128, 2, 1]]
+    if launch.norm:
+        # Every warp has columns of its own, of which it squares x.
+        choices = [[r, k, min(w, k // _stream.PIECE), s] for r, k, w, s in choices]
+    return _fitting(launch, choices, launch.block_m, used, device)
 
 
 def _fitting(

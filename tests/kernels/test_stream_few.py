@@ -10,6 +10,7 @@ from harness import assert_close
 from opcases import gapped, gapped_weights, made, streamed_only, watch_streamed
 
 from fsvd_compile.kernels import (
+    _linear,
     _stream,
     _stream_few,
     _triton,
@@ -54,6 +55,32 @@ def test_what_is_taken(hopper, monkeypatch):
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0), None):
         monkeypatch.setattr(_triton, "capability", lambda device, c=capability: c)
         assert not taken()
+
+
+def test_what_is_normalized():
+    def normalized(tokens=8, k=4096, dtype=torch.bfloat16, norm="rms", offset=0.0, weight=None):
+        g = None if weight is None else torch.empty(k, dtype=weight)
+        x = torch.empty(tokens, k, dtype=dtype)
+        return _stream_few.normalizes(x, [x], (norm, g, None, 1e-5, offset))
+
+    assert normalized() and normalized(weight=torch.bfloat16) and normalized(tokens=16, k=8192)
+    assert not normalized(tokens=17) and not normalized(k=8200)
+    assert not normalized(dtype=torch.float16)  # larger numbers than it has, perhaps
+    assert not normalized(weight=torch.float32)
+    assert not normalized(norm="none") and not normalized(norm="layer")
+    assert not normalized(offset=1.0)
+
+
+@pytest.mark.parametrize("tokens", (3, 16))
+def test_tiles_of_normalized_x(hopper, tokens):
+    for k, rows in itertools.product((64, 576, 4096, 8192), (100, 1024, 3072, 128256)):
+        launch = _tuning.Launch("shrink", "few", k, rows, tokens, 2, norm=True)
+        tile = _tuning.linear_tile(launch, torch.device("cpu"))
+        used = _stream_few.shared_bytes(
+            tile.block_r, tile.block_k, tile.block_m, tile.num_warps, tile.num_stages, False, k
+        )
+        assert used <= 232448, (k, rows, tile)
+        assert _stream_few.division(tile.num_warps, tile.block_k // _stream.PIECE)[1] == 1
 
 
 @pytest.mark.parametrize("gated", (False, True))
@@ -115,20 +142,43 @@ class TestGpu:
     def _always(self, monkeypatch):
         """Small weights, too; and a launch that went elsewhere is an error."""
         self.launched = watch_streamed(monkeypatch, _stream_few, 4)
+        self.normed, rows = [], _linear._normed_rows
+        monkeypatch.setattr(
+            _linear, "_normed_rows", lambda *a: self.normed.append(a[1]) or rows(*a)
+        )
 
     @pytest.mark.parametrize("dtype", HALVES)
-    @pytest.mark.parametrize("norm", ("none", "rms"))
-    @pytest.mark.parametrize("tokens", (3, 13, 50))
+    @pytest.mark.parametrize(("norm", "offset"), (("none", 0.0), ("rms", 0.0), ("rms", 1.0)))
+    @pytest.mark.parametrize("tokens", (3, 8, 13, 50))
     @pytest.mark.parametrize("k", (64, 1000, 1488, 4096))
     @pytest.mark.parametrize("rows", ((8,), (1024, 1032), (64, 8, 16, 808)))
-    def test_shrink(self, poisoned, rows, k, tokens, norm, dtype):
+    def test_shrink(self, poisoned, rows, k, tokens, norm, offset, dtype):
         weights = gapped_weights(rows, (k,) * len(rows), dtype)
         biases = [made(n, dtype=dtype) if i != 1 else None for i, n in enumerate(rows)]
         g = made(k, dtype=dtype) if norm != "none" else None
-        args = gapped(tokens, k, dtype), weights, biases, norm, g, None, 1e-5
-        args += (1.0 if norm == "rms" else 0.0,)
+        args = gapped(tokens, k, dtype), weights, biases, norm, g, None, 1e-5, offset
         assert_close("y", shrink_triton(*args), shrink_reference(*args), LIMITS[dtype])
         assert len(self.launched) == 1
+        inside = dtype == torch.bfloat16 and tokens <= 16 and not offset
+        assert bool(self.normed) == (norm == "rms" and not inside)
+
+    @pytest.mark.parametrize("large", (1e-3, 3e3))
+    def test_norms_of_other_sizes(self, poisoned, large):
+        """Tokens of very different size, one of zeros; no weight of the norm; more weights than a launch takes."""
+        x = gapped(7, 1096, torch.bfloat16)
+        x *= torch.logspace(-3, 1, 7, device="cuda").bfloat16()[:, None] * large
+        x[3] = 0
+        for counts, g in (((72, 64), None), ((64,) * 5, made(1096, dtype=torch.bfloat16))):
+            weights = gapped_weights(counts, (1096,) * len(counts), torch.bfloat16)
+            args = x, weights, [None] * len(counts), "rms", g, None, 1e-6
+            actual, expected = shrink_triton(*args), shrink_reference(*args)
+            for i in range(7):
+                if i == 3:
+                    assert not actual[i].any()
+                else:
+                    assert_close(f"token {i}", actual[i], expected[i], 6e-3)
+            assert bool(self.normed) == (len(counts) > 4)
+            self.normed.clear()
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("residual", (False, True))
