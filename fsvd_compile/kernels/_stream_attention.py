@@ -184,7 +184,8 @@ def _stream_attention(
     turns = gl.maximum(gl.cdiv(past - first, BLOCK_N), 1)
     ahead = gl.minimum(turns, STAGES)
     for i in range(ahead):
-        _copy(K_MAP, V_MAP, k_ring, v_ring, bars.index(i), i, batch, kv_head, first + i * BLOCK_N)
+        start = _start(i, first, past, BLOCK_N)
+        _copy(K_MAP, V_MAP, k_ring, v_ring, bars.index(i), i, batch, kv_head, start)
 
     HEADS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
     g = gl.arange(0, 16, layout=gl.SliceLayout(1, HEADS))
@@ -205,7 +206,9 @@ def _stream_attention(
     # What the kernels before may have written is requested at once, see `decode_attention`.
     position = gl.load(POSITION, volatile=True).to(gl.int32)
     if MASK_KIND != "none":
-        biases = _biases(mask_at, first, past, position, stride_mn, CHUNK, MASK_KIND, num_warps)
+        biases = _biases(
+            mask_at, 0, first, past, position, stride_mn, CHUNK, BLOCK_N, MASK_KIND, num_warps
+        )
     end = S + guess * 0
     if HAS_REACH:
         end = gl.minimum(gl.load(REACH).to(gl.int32), S)
@@ -248,16 +251,28 @@ def _stream_attention(
     acc1 = acc0
     for turn in range(turns):
         stage = turn % STAGES
-        start = first + turn * BLOCK_N
+        start = _start(turn, first, past, BLOCK_N)
         if MASK_KIND == "none":
-            bias = _biases_of(mask_at, start + at_n, past, position, stride_mn, MASK_KIND)
+            row = start + at_n
+            bias = _biases_of(mask_at, row, past, position, stride_mn, MASK_KIND)
+            bias = gl.where(row >= first + turn * BLOCK_N, bias, float("-inf"))
         else:
             block = turn % (CHUNK // BLOCK_N)
             if (block == 0) & (turn > 0):
                 barrier()
-                b_flat.store(
-                    _biases(mask_at, start, past, position, stride_mn, CHUNK, MASK_KIND, num_warps)
+                biases = _biases(
+                    mask_at,
+                    turn,
+                    first,
+                    past,
+                    position,
+                    stride_mn,
+                    CHUNK,
+                    BLOCK_N,
+                    MASK_KIND,
+                    num_warps,
                 )
+                b_flat.store(biases)
                 barrier()
             bias = b_shared.index(block).load(COLUMNS)
         mbarrier.wait(bars.index(stage), (turn // STAGES) & 1)
@@ -269,10 +284,8 @@ def _stream_attention(
         if turn + STAGES < turns:
             # Every warp has read what the next copies write over.
             barrier()
-            bar = bars.index(stage)
-            _copy(
-                K_MAP, V_MAP, k_ring, v_ring, bar, stage, batch, kv_head, start + STAGES * BLOCK_N
-            )
+            start = _start(turn + STAGES, first, past, BLOCK_N)
+            _copy(K_MAP, V_MAP, k_ring, v_ring, bars.index(stage), stage, batch, kv_head, start)
 
     redo = 0
     if position != guess:
@@ -392,20 +405,35 @@ def _copy(K_MAP, V_MAP, k_ring, v_ring, bar, stage, batch, kv_head, start):
 
 
 @jit
+def _start(turn, first, past, BLOCK_N: gl.constexpr):
+    """The first row of a block.
+
+    The last one ends where the split's rows do. What it repeats of the block before is there already, in L2; what lies
+    behind would be read from memory: for 520 rows an eighth of all (H200, 32 sequences: 71 us and not 63).
+    """
+    return gl.minimum(first + turn * BLOCK_N, gl.maximum(past - BLOCK_N, 0))
+
+
+@jit
 def _biases(
     mask_at,
-    start,
+    turn,
+    first,
     past,
     position,
     stride_n,
     CHUNK: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     MASK_KIND: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """fp32 `[CHUNK]` to add to the scores of rows from `start` to `past` but the one that is being written."""
+    """fp32 `[CHUNK]` to add to the scores of the blocks from `turn` on, -inf for rows of others and the written one."""
     EACH: gl.constexpr = CHUNK // (32 * WARPS) if CHUNK > 32 * WARPS else 1
-    row = start + gl.arange(0, CHUNK, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
-    return _biases_of(mask_at, row, past, position, stride_n, MASK_KIND)
+    at = gl.arange(0, CHUNK, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
+    turns = turn + at // BLOCK_N
+    row = _start(turns, first, past, BLOCK_N) + at % BLOCK_N
+    bias = _biases_of(mask_at, row, past, position, stride_n, MASK_KIND)
+    return gl.where(row >= first + turns * BLOCK_N, bias, float("-inf"))
 
 
 @jit
