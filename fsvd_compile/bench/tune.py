@@ -227,7 +227,10 @@ def _fits(job: tuple[Launch, Tile]) -> bool:
 
 
 class Case:
-    """One linear with several weights of its own, 300 MB together unless told how many."""
+    """One linear with several weights of its own, 300 MB together unless told how many.
+
+    With RMSNorm in front where that is part of the kernel; the library's product is without.
+    """
 
     def __init__(self, launch: Launch, copies: int | None = None, device: str = "cuda") -> None:
         count = 2 if launch.gated else 1
@@ -242,6 +245,7 @@ class Case:
         self.weights = [[made(launch.rows, launch.k) for _ in range(count)] for _ in range(copies)]
         self.offsets = [i * launch.k for i in range(count)]
         self.x = made(launch.tokens, count * launch.k)
+        self.norm = made(launch.k) if launch.norm else None
 
     def ours(self, weights: list[Tensor]) -> Tensor:
         none = [None] * len(weights)
@@ -250,7 +254,8 @@ class Case:
             "phase": Phase.FEW if self.launch.kernel in ("few", "skinny") else Phase.DECODE,
         }
         if self.launch.op == "shrink":
-            return shrink_triton(self.x, weights, none, **how)
+            norm = ("none", None) if self.norm is None else ("rms", self.norm)
+            return shrink_triton(self.x, weights, none, *norm, **how)
         act = "silu_mul" if self.launch.gated else "none"
         return expand_triton(self.x, weights, none, self.offsets, None, act, **how)
 
@@ -272,8 +277,10 @@ class Case:
         """Relative RMS of our result to that of fp32."""
         with _tuning.forced(tile):
             actual = self.ours(self.weights[0])
-        expected = self.library([w.double() for w in self.weights[0]], self.x.double())
-        return decode.rel_rms(actual, expected)
+        x = self.x.double()
+        if self.norm is not None:
+            x = F.rms_norm(x, x.shape[-1:], self.norm.double(), 0.0)
+        return decode.rel_rms(actual, self.library([w.double() for w in self.weights[0]], x))
 
     def us(self, tile: Tile) -> float:
         """Microseconds a call.

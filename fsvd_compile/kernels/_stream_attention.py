@@ -409,7 +409,7 @@ def _start(turn, first, past, BLOCK_N: gl.constexpr):
     """The first row of a block.
 
     The last one ends where the split's rows do. What it repeats of the block before is there already, in L2; what lies
-    behind would be read from memory: for 520 rows an eighth of all (H200, 32 sequences: 71 us and not 63).
+    behind would be read from memory: 56 rows where there are 520 (H200, 32 sequences: a step of 5.13 ms, and of 4.91).
     """
     return gl.minimum(first + turn * BLOCK_N, gl.maximum(past - BLOCK_N, 0))
 

@@ -103,7 +103,12 @@ def shared_bytes(
     ring = 2 * stages * block_k * (block_r + tokens) * (2 if gated else 1)
     columns, _ = division(num_warps, block_k // PIECE)
     sums = 4 * columns * block_r * tokens
-    return max(ring, sums) + 2 * next_power_of_2(normed) * bool(normed) + 1024
+    return max(ring, sums) + 2 * _held(normed, block_k) + 1024
+
+
+def _held(features: int, block_k: int) -> int:
+    """Elements that a norm's weight takes in shared memory: a power of two of blocks, or nothing."""
+    return next_power_of_2(cdiv(features, block_k)) * block_k if features else 0
 
 
 def division(num_warps: int, pieces: int) -> tuple[int, int]:
@@ -152,7 +157,7 @@ def launch(
         NORM=normed,
         TOKENS=tile.block_m,
         X_ROWS=x_rows,
-        FEATURES=next_power_of_2(cdiv(x.shape[1], tile.block_k)) * tile.block_k if normed else 0,
+        FEATURES=_held(x.shape[1], tile.block_k) if normed else 0,
         BLOCK_R=tile.block_r,
         PIECES=pieces,
         STAGES=tile.num_stages,

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fsvd_compile.kernels import (
@@ -53,29 +54,38 @@ def compiling_ahead(calls: Iterable[Call], captured: bool) -> Iterator[None]:
     if not calls or _triton.triton is None or _triton.interpreted():
         yield  # nothing is compiled; without Triton the ops say so when they are called
         return
+    _choose_folder(next(_tensors(calls)).device)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        # In a context of its own, for what the block compiles is not ours to put off.
-        started = contextvars.copy_context().run(_start, pool, calls, captured)
-        for kernel, device in started:
-            pool.submit(_load, kernel, device)
+        for device in dict.fromkeys(next(_tensors(arguments)).device for _, arguments in calls):
+            own = [call for call in calls if next(_tensors(call[1])).device == device]
+            # In a context of its own, for what the block compiles is not ours to put off. And a device by itself, for
+            # Triton takes a kernel that it compiles for one device to be the same on others.
+            contextvars.copy_context().run(_start, pool, own, captured, device)
         yield
 
 
 def _start(
-    pool: ThreadPoolExecutor, calls: list[Call], captured: bool
-) -> list[tuple[Any, torch.device]]:
-    """Kernels that are being compiled, and the devices that they are for; others are there already."""
-    started: list[tuple[Any, torch.device]] = []
+    pool: ThreadPoolExecutor, calls: list[Call], captured: bool, device: torch.device
+) -> None:
     mode = _triton.triton.AsyncCompileMode(pool).__enter__()
-    with _triton.compiling_only(), torch.no_grad():
-        for op, arguments in calls:
-            tensor = next(_tensors(arguments))
-            for situation in (contextlib.nullcontext, _triton.own_capture)[: 1 + captured]:
-                with tensor.fake_mode, situation():
-                    _CUDA[op](*arguments)
-            kernels = [*mode.future_kernels.values()][len(started) :]
-            started += [(kernel, tensor.device) for kernel in kernels]
-    return started
+    try:
+        with _triton.compiling_only(), torch.no_grad():
+            for op, arguments in calls:
+                for situation in (contextlib.nullcontext, _triton.own_capture)[: 1 + captured]:
+                    with next(_tensors(arguments)).fake_mode, situation():
+                        _CUDA[op](*arguments)
+    finally:
+        for kernel in mode.future_kernels.values():
+            pool.submit(_load, kernel, device)
+
+
+def _choose_folder(device: torch.device) -> None:
+    """Inductor chooses a folder for Triton's cache when it first makes a kernel, perhaps while ours are compiled.
+
+    Now, then, so that the next process finds all of them in the same one.
+    """
+    if "TRITON_CACHE_DIR" not in os.environ and device.index is not None:
+        os.environ["TRITON_CACHE_DIR"] = triton_cache_dir(device.index)
 
 
 def _load(kernel: Any, device: torch.device) -> None:

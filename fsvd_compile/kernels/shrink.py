@@ -115,7 +115,9 @@ def shrink_triton(
     """`shrink_reference` in x's dtype by Triton kernels.
 
     Accumulates in fp32 and rounds once. In the decode phase the norm is rounded where weights are streamed (see
-    `_stream`) and not elsewhere; for more tokens it is, to x's dtype, as in eager.
+    `_stream`) and not elsewhere; for more tokens it is, to x's dtype, as in eager. Of up to 16 tokens whose weights
+    are streamed in bf16 (`_stream_few.normalizes`) x times the norm's weight is rounded, and the factor of RMSNorm is
+    applied to the product.
 
     Args:
         pdl: Programmatic dependent launch (sm_90 and later). Weights, biases and the norm's

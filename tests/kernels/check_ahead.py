@@ -18,7 +18,7 @@ from triton.runtime import _async_compile
 
 from fsvd_compile.kernels import _triton, ahead
 
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def arguments() -> list[tuple]:
@@ -28,6 +28,7 @@ def arguments() -> list[tuple]:
     q, kv, cache = t(1, 8, 1, 64), t(1, 4, 1, 64), t(1, 4, 128, 64)
     table, at = t(1, 1, 64), t(1, dtype=torch.int64)
     mask = t(1, 1, 1, 128, dtype=torch.bool)
+    half = t(8, 1, 4096, dtype=FP16)
     odd = t(65 * 256).as_strided((64, 256), (256, 1), 1)
     x, z = t(1, 1, 256), t(1, 1, 128)
     shrink = (x, [t(64, 256), odd], [None, None], "rms", t(256), None, 1e-5, 0.0)
@@ -36,6 +37,7 @@ def arguments() -> list[tuple]:
         (ops.shrink.default, shrink),
         (ops.shrink.default, (t(1, 1, 4096), [t(512, 4096)], [None], "rms", t(4096), None, 1e-5, 0.0)),
         (ops.shrink.default, (t(8, 1, 4096), [t(512, 4096)], [None], "rms", t(4096), None, 1e-5, 0.0)),
+        (ops.shrink.default, (half, [t(512, 4096, dtype=FP16)], [None], "rms", None, None, 1e-5, 0.0)),
         (ops.expand.default, expand),
         (ops.expand.default, (t(1, 1, 75), [t(256, 37), t(256, 38)], [None, None], [0, 37], None, "none")),
         (ops.decode_attention.default, (q, kv, kv, table, table, cache, t(1, 4, 128, 64), at, mask, 0.1)),
