@@ -84,16 +84,11 @@ def linear(
     gated = activation.endswith("_mul")
     groups = [[0, 1]] if gated else _launches(weights)
     if phase is not Phase.DECODE and norm[0] != "none":
-        inside = _stream_few.normalizes(x, weights, norm) and all(
-            _stream_few.takes(
-                op,
-                x,
-                [weights[i] for i in group],
-                [offsets[i] for i in group],
-                _layout_of([weights[i] for i in group]),
-            )
+        kernels = [
+            _kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
             for group in groups
-        )
+        ]
+        inside = kernels == ["few"] and _stream_few.normalizes(x, norm)
         if not inside:
             x, norm = _normed_rows(x, norm, pdl), ("none", None, None, 0.0, 0.0)
     starts = [0]
@@ -145,6 +140,16 @@ def _layout_of(weights: Sequence[Tensor]) -> str:
     return layouts.pop() if len(layouts) == 1 else "any"
 
 
+def _kernel_of(
+    op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int], phase: Phase
+) -> str:
+    """The kernel of a launch, as `_tuning.Launch` names it."""
+    layout = _layout_of(weights)
+    if phase is Phase.DECODE:
+        return "stream" if _stream.takes(op, x, weights, layout) else "gemv"
+    return "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
+
+
 def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual):
     layout = _layout_of(weights)
     align = _alignment(weights, layout)
@@ -153,10 +158,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     m = x.shape[0]
     k = max(w.shape[1] for w in weights)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
-    if phase is Phase.DECODE:
-        kernel = "stream" if _stream.takes(op, x, weights, layout) else "gemv"
-    else:
-        kernel = "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
+    kernel = _kernel_of(op, x, weights, offsets, phase)
     step, vector = 1, 1
     if kernel == "stream":
         step = _stream.row_step(weights)

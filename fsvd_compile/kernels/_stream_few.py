@@ -68,8 +68,8 @@ def takes(
     )
 
 
-def normalizes(x: Tensor, weights: Sequence[Tensor], norm: tuple) -> bool:
-    """Whether the norm in front of a shrink that `takes` is part of the product.
+def normalizes(x: Tensor, norm: tuple) -> bool:
+    """Whether the norm in front of a shrink that `takes` in one launch is part of the product.
 
     In bf16 alone: what is multiplied by the norm's weight is not normalized yet, and too large for fp16 perhaps.
     """
@@ -81,7 +81,6 @@ def normalizes(x: Tensor, weights: Sequence[Tensor], norm: tuple) -> bool:
         and (weight is None or weight.dtype == x.dtype)
         and x.shape[0] <= MOST_NORMED
         and x.shape[1] <= MOST_FEATURES
-        and len(weights) <= 4
     )
 
 

@@ -54,10 +54,12 @@ def compiling_ahead(calls: Iterable[Call], captured: bool) -> Iterator[None]:
     if not calls or _triton.triton is None or _triton.interpreted():
         yield  # nothing is compiled; without Triton the ops say so when they are called
         return
-    _choose_folder(next(_tensors(calls)).device)
+    by_device: dict[torch.device, list[Call]] = {}
+    for call in calls:
+        by_device.setdefault(next(_tensors(call[1])).device, []).append(call)
+    _choose_folder(next(iter(by_device)))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for device in dict.fromkeys(next(_tensors(arguments)).device for _, arguments in calls):
-            own = [call for call in calls if next(_tensors(call[1])).device == device]
+        for device, own in by_device.items():
             # In a context of its own, for what the block compiles is not ours to put off. And a device by itself, for
             # Triton takes a kernel that it compiles for one device to be the same on others.
             contextvars.copy_context().run(_start, pool, own, captured, device)

@@ -164,9 +164,8 @@ def test_kernels_compiled_for_fake_tensors_are_those_that_are_launched():
         "_stream_few",
     ]
     assert not line["later"]
-    assert line["given out"] == [
-        "CompiledKernel"
-    ]  # and not what stands in for one that is being compiled
+    # And not what stands in for one that is being compiled.
+    assert line["given out"] == ["CompiledKernel"]
     assert line["block as ever"]
 
 

@@ -61,7 +61,7 @@ def test_what_is_normalized():
     def normalized(tokens=8, k=4096, dtype=torch.bfloat16, norm="rms", offset=0.0, weight=None):
         g = None if weight is None else torch.empty(k, dtype=weight)
         x = torch.empty(tokens, k, dtype=dtype)
-        return _stream_few.normalizes(x, [x], (norm, g, None, 1e-5, offset))
+        return _stream_few.normalizes(x, (norm, g, None, 1e-5, offset))
 
     assert normalized() and normalized(weight=torch.bfloat16) and normalized(tokens=16, k=8192)
     assert not normalized(tokens=17) and not normalized(k=8200)
