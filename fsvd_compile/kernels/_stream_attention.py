@@ -182,9 +182,10 @@ def _stream_attention(
     filled, first, past = _share(guess, split, S, SPLITS, BLOCK_N, MASK_KIND)
     # At least 1, as the compiler is told: it would have one wait for no blocks and one for some.
     turns = gl.maximum(gl.cdiv(past - first, BLOCK_N), 1)
+    last = gl.maximum(past - BLOCK_N, 0)
     ahead = gl.minimum(turns, STAGES)
     for i in range(ahead):
-        start = _start(i, first, past, BLOCK_N)
+        start = _start(i, first, last, BLOCK_N)
         _copy(K_MAP, V_MAP, k_ring, v_ring, bars.index(i), i, batch, kv_head, start)
 
     HEADS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [num_warps, 1], [1, 0])
@@ -251,11 +252,10 @@ def _stream_attention(
     acc1 = acc0
     for turn in range(turns):
         stage = turn % STAGES
-        start = _start(turn, first, past, BLOCK_N)
+        start = _start(turn, first, last, BLOCK_N)
         if MASK_KIND == "none":
-            row = start + at_n
-            bias = _biases_of(mask_at, row, past, position, stride_mn, MASK_KIND)
-            bias = gl.where(row >= first + turn * BLOCK_N, bias, float("-inf"))
+            own = first + turn * BLOCK_N
+            bias = _biases_of(mask_at, start + at_n, own, past, position, stride_mn, MASK_KIND)
         else:
             block = turn % (CHUNK // BLOCK_N)
             if (block == 0) & (turn > 0):
@@ -284,7 +284,7 @@ def _stream_attention(
         if turn + STAGES < turns:
             # Every warp has read what the next copies write over.
             barrier()
-            start = _start(turn + STAGES, first, past, BLOCK_N)
+            start = _start(turn + STAGES, first, last, BLOCK_N)
             _copy(K_MAP, V_MAP, k_ring, v_ring, bars.index(stage), stage, batch, kv_head, start)
 
     redo = 0
@@ -306,7 +306,7 @@ def _stream_attention(
         start = first + turn * BLOCK_N
         barrier()
         _copy(K_MAP, V_MAP, k_ring, v_ring, bar, 0, batch, kv_head, start)
-        bias = _biases_of(mask_at, start + at_n, past, position, stride_mn, MASK_KIND)
+        bias = _biases_of(mask_at, start + at_n, start, past, position, stride_mn, MASK_KIND)
         mbarrier.wait(bar, late & 1)
         late += 1
         _hide(vs, 0, start, past, position, DV)
@@ -319,12 +319,12 @@ def _stream_attention(
     end = gl.where(end == position + 1, position, end)
     for piece in range(split, gl.cdiv(end - filled, SCAN), SPLITS):
         begin = filled + piece * SCAN
-        beyond = _biases_of(mask_at, begin + scan, S, position, stride_mn, MASK_KIND)
+        beyond = _biases_of(mask_at, begin + scan, begin, S, position, stride_mn, MASK_KIND)
         if gl.max((beyond > float("-inf")).to(gl.int32), axis=0) > 0:
             for start in range(begin, begin + SCAN, BLOCK_N):
                 barrier()
                 _copy(K_MAP, V_MAP, k_ring, v_ring, bar, 0, batch, kv_head, start)
-                bias = _biases_of(mask_at, start + at_n, S, position, stride_mn, MASK_KIND)
+                bias = _biases_of(mask_at, start + at_n, start, S, position, stride_mn, MASK_KIND)
                 mbarrier.wait(bar, late & 1)
                 late += 1
                 _hide(vs, 0, start, S, position, DV)
@@ -405,13 +405,13 @@ def _copy(K_MAP, V_MAP, k_ring, v_ring, bar, stage, batch, kv_head, start):
 
 
 @jit
-def _start(turn, first, past, BLOCK_N: gl.constexpr):
-    """The first row of a block.
+def _start(turn, first, last, BLOCK_N: gl.constexpr):
+    """The first row of a block; `last`: of the last one.
 
-    The last one ends where the split's rows do. What it repeats of the block before is there already, in L2; what lies
+    That ends where the split's rows do. What it repeats of the block before is there already, in L2; what lies
     behind would be read from memory: 56 rows where there are 520 (H200, 32 sequences: a step of 5.13 ms, and of 4.91).
     """
-    return gl.minimum(first + turn * BLOCK_N, gl.maximum(past - BLOCK_N, 0))
+    return gl.minimum(first + turn * BLOCK_N, last)
 
 
 @jit
@@ -431,15 +431,15 @@ def _biases(
     EACH: gl.constexpr = CHUNK // (32 * WARPS) if CHUNK > 32 * WARPS else 1
     at = gl.arange(0, CHUNK, layout=gl.BlockedLayout([EACH], [32], [WARPS], [0]))
     turns = turn + at // BLOCK_N
-    row = _start(turns, first, past, BLOCK_N) + at % BLOCK_N
-    bias = _biases_of(mask_at, row, past, position, stride_n, MASK_KIND)
-    return gl.where(row >= first + turns * BLOCK_N, bias, float("-inf"))
+    row = _start(turns, first, gl.maximum(past - BLOCK_N, 0), BLOCK_N) + at % BLOCK_N
+    own = first + turns * BLOCK_N
+    return _biases_of(mask_at, row, own, past, position, stride_n, MASK_KIND)
 
 
 @jit
-def _biases_of(mask_at, row, past, position, stride_n, MASK_KIND: gl.constexpr):
-    """fp32 to add to the scores of rows in front of `past`; -inf for others and for the one that is being written."""
-    bias = bias_of(mask_at, row, row < past, stride_n, MASK_KIND)
+def _biases_of(mask_at, row, first, past, position, stride_n, MASK_KIND: gl.constexpr):
+    """fp32 to add to the scores of rows from `first` to `past`; -inf for others and the one that is being written."""
+    bias = bias_of(mask_at, row, (row >= first) & (row < past), stride_n, MASK_KIND)
     return gl.where(row != position, bias, float("-inf"))
 
 
@@ -454,7 +454,9 @@ def _share(
 ):
     """(how many rows are filled if this is the position, a split's first row, and the one behind its last)."""
     filled = filled_rows(position, S, MASK_KIND)
-    share = gl.cdiv(gl.cdiv(filled, BLOCK_N), SPLITS) * BLOCK_N
+    # A block at least; beyond that in eighths of one, so that no split has much more than another.
+    EIGHTH: gl.constexpr = BLOCK_N // 8
+    share = gl.maximum(gl.cdiv(gl.cdiv(filled, EIGHTH), SPLITS) * EIGHTH, BLOCK_N)
     return filled, split * share, gl.minimum(split * share + share, filled)
 
 
