@@ -88,7 +88,8 @@ def linear(
             _kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
             for group in groups
         ]
-        inside = kernels == ["few"] and _stream_few.normalizes(x, norm)
+        rows = sum(w.shape[0] for w in weights)
+        inside = kernels == ["few"] and _stream_few.normalizes(x, rows, norm)
         if not inside:
             x, norm = _normed_rows(x, norm, pdl), ("none", None, None, 0.0, 0.0)
     starts = [0]

@@ -41,6 +41,9 @@ if _stream.gluon is not None:
 
 # Weights are streamed for so many tokens at most.
 MOST_TOKENS = 64
+# Programs begin at different blocks of columns for so many tokens: of 8 a layer of LLaMA-7B takes 104.2 us for 105.3,
+# of 16 134.9 for 136.7, of 32 194.5 for 193.5 and of 64 322 for 308 (H100).
+MOST_TURNED = 16
 # RMSNorm is part of the product for so many tokens, the rows of an operand, and features.
 MOST_NORMED = 16
 MOST_FEATURES = 8192
@@ -68,10 +71,12 @@ def takes(
     )
 
 
-def normalizes(x: Tensor, norm: tuple) -> bool:
-    """Whether the norm in front of a shrink that `takes` in one launch is part of the product.
+def normalizes(x: Tensor, rows: int, norm: tuple) -> bool:
+    """Whether the norm in front of a shrink of so many rows that `takes` in one launch is part of the product.
 
-    In bf16 alone: what is multiplied by the norm's weight is not normalized yet, and too large for fp16 perhaps.
+    In bf16 alone: what is multiplied by the norm's weight is not normalized yet, and too large for fp16 perhaps. And
+    for two programs a multiprocessor at most, as each squares all of x: 8 tokens of 4096 features cost 4096 rows 0.6 us
+    (10.4 without), 12288 rows 7.3 (27.4) and 32000 rows 16.8 (64.1); a kernel of its own takes 2 (H200).
     """
     kind, weight, _, _, offset = norm
     return (
@@ -81,6 +86,7 @@ def normalizes(x: Tensor, norm: tuple) -> bool:
         and (weight is None or weight.dtype == x.dtype)
         and x.shape[0] <= MOST_NORMED
         and x.shape[1] <= MOST_FEATURES
+        and rows <= 2 * 16 * _triton.multiprocessors(x.device)
     )
 
 
@@ -160,6 +166,7 @@ def launch(
         BLOCK_R=tile.block_r,
         PIECES=pieces,
         STAGES=tile.num_stages,
+        ROTATE=tile.block_m <= MOST_TURNED,
         INPUTS=len(inputs),
         TAIL=tail,
         MMA=gl.NVMMADistributedLayout(
@@ -227,6 +234,7 @@ def _stream_few(
     BLOCK_R: gl.constexpr,
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
+    ROTATE: gl.constexpr,
     INPUTS: gl.constexpr,
     TAIL: gl.constexpr,
     ACT: gl.constexpr,
@@ -258,12 +266,16 @@ def _stream_few(
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     BYTES: gl.constexpr = PIECES * 128 * (BLOCK_R * HALVES + X_ROWS * X_HALVES)
+    turn = 0
+    if ROTATE:
+        turn = gl.program_id(0) % count
     W, W_END = (W0, W1, W2, W3), (WE0, WE1, WE2, WE3)
     X, X_END = (X0, X1, X2, X3), (XE0, XE1, XE2, XE3)
     ahead = gl.minimum(count, STAGES)
     for i in range(ahead):
         mbarrier.expect(bars.index(i), BYTES)
-        _copy(W, W_END, ring, bars.index(i), i, i, row, which, K, K_up, COUNT, HALVES, TAIL)
+        block = _turned(i, turn, count, ROTATE)
+        _copy(W, W_END, ring, bars.index(i), block, i, row, which, K, K_up, COUNT, HALVES, TAIL)
 
     OUT: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
     rows = row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, OUT))
@@ -277,7 +289,9 @@ def _stream_few(
         gdc_wait()
 
     for i in range(ahead):
-        _copy(X, X_END, xs, bars.index(i), i, i, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
+        block = _turned(i, turn, count, ROTATE)
+        bar = bars.index(i)
+        _copy(X, X_END, xs, bar, block, i, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
     inside = (rows < n)[:, None] & (m < M)[None, :]
     m = gl.cast(m, gl.int64)
     res = gl.zeros([BLOCK_R, TOKENS], gl.float32, layout=OUT)
@@ -292,22 +306,25 @@ def _stream_few(
         stage = i % STAGES
         bar = bars.index(stage)
         mbarrier.wait(bar, (i // STAGES) & 1)
+        x = xs.index(stage * X_HALVES)
+        tokens = _tokens(x, TOKENS, MMA)
         if NORM:
-            acc, squares = _product_of_normed(
-                ring.index(stage), xs.index(stage), scale, i, acc, squares, HAS_NORM_W, MMA
-            )
-        else:
-            acc = _product(ring.index(stage * HALVES), xs.index(stage * X_HALVES), acc, MMA)
+            squares = _product(x, tokens, squares, MMA)
+        if HAS_NORM_W:
+            g = scale.index(_turned(i, turn, count, ROTATE))
+            tokens *= g.load(gl.SliceLayout(2, gl.DotOperandLayout(1, MMA, 2)))[:, :, None]
+        acc = _product(ring.index(stage * HALVES), tokens, acc, MMA)
         if GATED:
-            w, x = ring.index(stage * 2 + 1), xs.index(stage * X_HALVES + X_HALVES - 1)
-            up = _product(w, x, up, MMA)
+            x_up = xs.index(stage * X_HALVES + X_HALVES - 1)
+            up = _product(ring.index(stage * 2 + 1), _tokens(x_up, TOKENS, MMA), up, MMA)
+        j = i + STAGES
+        block = _turned(j, turn, count, ROTATE)
         # Every warp has read what the next copies write over.
         barrier()
-        j = i + STAGES
         if j < count:
             mbarrier.expect(bar, BYTES)
-            _copy(W, W_END, ring, bar, j, stage, row, which, K, K_up, COUNT, HALVES, TAIL)
-            _copy(X, X_END, xs, bar, j, stage, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
+            _copy(W, W_END, ring, bar, block, stage, row, which, K, K_up, COUNT, HALVES, TAIL)
+            _copy(X, X_END, xs, bar, block, stage, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
 
     y = gl.convert_layout(gl.sum(acc, axis=0), OUT)
     if NORM:
@@ -318,6 +335,15 @@ def _stream_few(
         y *= gl.convert_layout(gl.sum(up, axis=0), OUT) + bias_up[:, None]
     y += res
     gl.store(Y + (column + rows)[:, None] + m[None, :] * stride_ym, y.to(dtype), mask=inside)
+
+
+@jit
+def _turned(i, turn, count, ROTATE: gl.constexpr):
+    """The block of columns that a program takes as number i."""
+    if ROTATE:
+        i += turn
+        i = gl.where(i >= count, i - count, i)
+    return i
 
 
 @jit
@@ -363,11 +389,15 @@ def _copy_one(maps, ends, j: gl.constexpr, into, bar, i, row, K, TAIL: gl.conste
 
 
 @jit
-def _product(w, x, acc, MMA: gl.constexpr):
-    """`[PIECES, BLOCK_R, TOKENS]` sums of a block of columns added to `acc`."""
-    a = w.load(gl.DotOperandLayout(0, MMA, 2))
-    b = x.permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
-    return mma_v2(a, b, acc)
+def _tokens(x, TOKENS: gl.constexpr, MMA: gl.constexpr):
+    """The first tokens of a block of columns of x, an operand."""
+    return x.permute((0, 2, 1)).slice(0, TOKENS, dim=2).load(gl.DotOperandLayout(1, MMA, 2))
+
+
+@jit
+def _product(w, tokens, acc, MMA: gl.constexpr):
+    """Sums of a block of columns, of `[PIECES, rows of w, TOKENS]`, added to `acc`."""
+    return mma_v2(w.load(gl.DotOperandLayout(0, MMA, 2)), tokens, acc)
 
 
 @jit
@@ -382,19 +412,6 @@ def _scale(NORM_W, K, FEATURES: gl.constexpr, PIECES: gl.constexpr, num_warps: g
     return kept._reinterpret(
         NORM_W.dtype.element_ty, [blocks, PIECES, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
-
-
-@jit
-def _product_of_normed(w, x, scale, i, acc, squares, HAS_NORM_W: gl.constexpr, MMA: gl.constexpr):
-    """`_product` with x times the norm's weight, and `[PIECES, X_ROWS, TOKENS]` products of tokens with each other."""
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
-    TOKENS: gl.constexpr = acc.shape[2]
-    b = x.permute((0, 2, 1)).slice(0, TOKENS, dim=2).load(B)
-    squares = mma_v2(x.load(A), b, squares)
-    if HAS_NORM_W:
-        b *= scale.index(i).load(gl.SliceLayout(2, B))[:, :, None]
-    return mma_v2(w.load(A), b, acc), squares
 
 
 @jit

@@ -57,11 +57,13 @@ def test_what_is_taken(hopper, monkeypatch):
         assert not taken()
 
 
-def test_what_is_normalized():
-    def normalized(tokens=8, k=4096, dtype=torch.bfloat16, norm="rms", offset=0.0, weight=None):
+def test_what_is_normalized(hopper):
+    def normalized(
+        tokens=8, k=4096, dtype=torch.bfloat16, norm="rms", offset=0.0, weight=None, rows=3072
+    ):
         g = None if weight is None else torch.empty(k, dtype=weight)
         x = torch.empty(tokens, k, dtype=dtype)
-        return _stream_few.normalizes(x, (norm, g, None, 1e-5, offset))
+        return _stream_few.normalizes(x, rows, (norm, g, None, 1e-5, offset))
 
     assert normalized() and normalized(weight=torch.bfloat16) and normalized(tokens=16, k=8192)
     assert not normalized(tokens=17) and not normalized(k=8200)
@@ -69,6 +71,7 @@ def test_what_is_normalized():
     assert not normalized(weight=torch.float32)
     assert not normalized(norm="none") and not normalized(norm="layer")
     assert not normalized(offset=1.0)
+    assert normalized(rows=4224) and not normalized(rows=4232)  # two programs a multiprocessor
 
 
 @pytest.mark.parametrize("tokens", (3, 16))
@@ -161,6 +164,12 @@ class TestGpu:
         assert len(self.launched) == 1
         inside = dtype == torch.bfloat16 and tokens <= 16 and not offset
         assert bool(self.normed) == (norm == "rms" and not inside)
+
+    def test_norm_of_many_rows_in_front(self, poisoned):
+        w, x, g = gapped_weights((9000,), (1096,)), gapped(8, 1096), made(1096)
+        args = x, w, [None], "rms", g, None, 1e-5
+        assert_close("y", shrink_triton(*args), shrink_reference(*args), 6e-3)
+        assert len(self.launched) == 1 and self.normed
 
     @pytest.mark.parametrize("large", (1e-3, 3e3))
     def test_norms_of_other_sizes(self, poisoned, large):

@@ -1,4 +1,4 @@
-"""dense_siblings and dense_linear: what is left dense runs as ours where one or two tokens meet a GPU."""
+"""dense_siblings and dense_linear: what is left dense runs as ours where one or two tokens, or a few, meet a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from harness import rewrite
 from torch import nn
+
+from fsvd_compile.kernels import _stream
 
 K, N = 32, 21  # rows of 32 fp32 values are whole 16-byte loads
 
@@ -112,6 +114,48 @@ class Wide(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.view(self.weight), self.bias).sin()
+
+
+class Wider(nn.Module):
+    """A norm and as many linears as `rows` says, of 1024 features in half precision."""
+
+    def __init__(self, *rows, k=1024, dtype=torch.bfloat16):
+        super().__init__()
+        self.norm = nn.RMSNorm(k, 1e-6)
+        self.linears = nn.ModuleList(nn.Linear(k, n, bias=False) for n in rows)
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return torch.cat([linear(x) for linear in self.linears], -1)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1024), (8, 1024), (4, 4, 1024)], ids=str)
+@pytest.mark.parametrize("rows", [(1032,), (1024, 2048)], ids=str)
+def test_a_few_tokens_where_weights_are_streamed(monkeypatch, shape, rows):
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    result = run(Wider(*rows), torch.randn(shape, dtype=torch.bfloat16))
+    name = "dense_linear" if len(rows) == 1 else "dense_siblings"
+    assert result.only(name) == {name: 1}
+    assert result.after["fsvd.shrink"] == 1
+    assert not result.after.keys() & {"linear", "fsvd.expand"}
+
+
+@pytest.mark.parametrize(
+    "fn,shape",
+    [
+        pytest.param(Wider(1032), (17, 1024), id="17 tokens"),
+        pytest.param(Wider(1032, dtype=torch.float32), (8, 1024), id="fp32"),
+        pytest.param(Wider(1000), (8, 1024), id="less than is streamed"),
+        pytest.param(Wider(2000, k=520), (8, 520), id="few features"),
+        pytest.param(Wider(1028), (8, 1024), id="rows of the result unaligned"),
+    ],
+)
+def test_a_few_tokens_are_left_to_a_library_elsewhere(monkeypatch, fn, shape):
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    result = run(fn, torch.randn(shape, dtype=fn.norm.weight.dtype))
+    assert not result.only("dense_linear", "dense_siblings")
+    assert result.after["linear"] == 1 and not result.after.keys() & {"fsvd.shrink", "fsvd.expand"}
 
 
 @pytest.mark.parametrize(
