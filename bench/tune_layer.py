@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     model: str = "llama-7b"
     ranks: tuple[int, ...] = (1024, 1488, 1024)  # keep 0.5, multiples of 16
     tokens: int = 1
-    context: int = 512
+    context: int = 530  # no multiple of a block of rows, which would hide what the last one costs
     cache: int = 1024
 
     @property
@@ -98,8 +98,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--model", choices=[*decode.MODELS], default="llama-7b")
     parser.add_argument("--tokens", type=int, default=1, help="sequences of a step, a token each")
-    parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
-    parser.add_argument("--cache", type=int, help="its positions; twice the context if not given")
+    parser.add_argument(
+        "--context", type=int, default=Setting().context, help="tokens in the cache"
+    )
+    parser.add_argument(
+        "--cache", type=int, help="its positions; about twice the context if not given"
+    )
     parser.add_argument(
         "--ranks",
         type=int,
@@ -122,7 +126,7 @@ def main() -> None:
         sys.exit(
             f"tune_layer: {len(args.ranks)} --ranks; attention, MLP and perhaps k and v have one."
         )
-    cache = args.cache or 2 * args.context
+    cache = args.cache or 2 * args.context // 64 * 64
     if cache <= args.context:
         sys.exit(f"tune_layer: --cache {cache} has no room behind --context {args.context}.")
     ranks = (*args.ranks, args.ranks[0])[:3]
