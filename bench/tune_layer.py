@@ -126,7 +126,7 @@ def main() -> None:
         sys.exit(
             f"tune_layer: {len(args.ranks)} --ranks; attention, MLP and perhaps k and v have one."
         )
-    cache = args.cache or 2 * args.context // 64 * 64
+    cache = args.cache or max(64, 2 * args.context // 64 * 64)
     if cache <= args.context:
         sys.exit(f"tune_layer: --cache {cache} has no room behind --context {args.context}.")
     ranks = (*args.ranks, args.ranks[0])[:3]

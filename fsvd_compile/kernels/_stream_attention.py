@@ -454,7 +454,7 @@ def _share(
 ):
     """(how many rows are filled if this is the position, a split's first row, and the one behind its last)."""
     filled = filled_rows(position, S, MASK_KIND)
-    # A block at least; beyond that in eighths of one, so that no split has much more than another.
+    # A block at least; beyond that an even share, rounded up to an eighth of one.
     EIGHTH: gl.constexpr = BLOCK_N // 8
     share = gl.maximum(gl.cdiv(gl.cdiv(filled, EIGHTH), SPLITS) * EIGHTH, BLOCK_N)
     return filled, split * share, gl.minimum(split * share + share, filled)

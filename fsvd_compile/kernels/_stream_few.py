@@ -42,7 +42,7 @@ if _stream.gluon is not None:
 # Weights are streamed for so many tokens at most.
 MOST_TOKENS = 64
 # Programs begin at different blocks of columns for so many tokens: of 8 a layer of LLaMA-7B takes 104.2 us for 105.3,
-# of 16 134.9 for 136.7, of 32 194.5 for 193.5 and of 64 322 for 308 (H100).
+# of 16 134.9 for 136.7, of 32 194.5 for 193.3 and of 64 322 for 308 (H100).
 MOST_TURNED = 16
 # RMSNorm is part of the product for so many tokens, the rows of an operand, and features.
 MOST_NORMED = 16

@@ -58,8 +58,8 @@ def interpreted() -> bool:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device, None for any other and for ROCm."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """Compute capability of a CUDA device, None for any other, for ROCm and without CUDA."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
 

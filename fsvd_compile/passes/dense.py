@@ -1,8 +1,9 @@
 """Linears that are left dense, in decode: there a weight is read faster by our kernels than by a library.
 
 On an H200 in bf16 a row times [32000, 4096] takes the library 67.2 us and `fsvd::shrink` 60.8 (58.9 at the read
-limit), 8 rows 67.7 and 63.1, and the library's kernel also ends the chain of dependent launches and lets nothing be
-fused into it. 32 rows take 68.6 and 69.8.
+limit), and the library's kernel also ends the chain of dependent launches and lets nothing be fused into it. 8 rows
+take 65.3 and 64.1, 16 67.4 and 64.8, 32 68.6 and 69.8; of smaller weights more is gained (bench/NOTES.md), but for
+16 rows times [22016, 4096], 48.2 and 49.2.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import Phase, phase_of
 
 _ALIGNED = 16  # bytes: a load of the kernels
+_MOST_TOKENS = 16  # for more a library is as fast, see above
 
 
 def _find_linears(graph: Graph) -> Iterator[Match]:
@@ -41,7 +43,7 @@ def _linear_guard(match: Match, context: Context) -> str | None:
     if context.device != "cuda" or context.kernels == "aten":
         return f"on {context.device} with kernels={context.kernels!r} a library does it"
     rows = tokens(x)
-    if rows is None or rows > _stream_few.MOST_NORMED:
+    if rows is None or rows > _MOST_TOKENS:
         return f"{rows} tokens are no decode: a library does it"
     if len(shape(weight)) != 2 or not is_static(weight) or not is_plain(weight):
         return f"{weight} is no plain matrix of static shape"
@@ -62,9 +64,14 @@ def _linear_guard(match: Match, context: Context) -> str | None:
 
 
 def _streams(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether a shrink of a few tokens would be `_stream_few`'s; both are fake."""
-    with _triton.compiling_only():  # they have no addresses
-        x = x.new_empty(rows, weight.shape[1])  # as a kernel makes it
+    """Whether a shrink of a few tokens would be `_stream_few`'s; both are fake.
+
+    Asked for an expand as well, which takes all of these and some smaller ones: only shrinks were measured.
+    """
+    if not all(isinstance(n, int) for n in (*x.stride(), x.storage_offset())):
+        return False
+    with _triton.compiling_only():  # fake tensors have no addresses
+        x = x.reshape(rows, weight.shape[1])  # as the launcher does
         return _stream_few.takes("shrink", x, [weight], [0], "row")
 
 

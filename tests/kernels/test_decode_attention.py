@@ -357,7 +357,8 @@ class TestGpu:
 
     @pytest.mark.parametrize("mask", ("causal", "none", "beyond"))
     @pytest.mark.parametrize("position", (3, 64, 700))
-    def test_a_position_that_is_written_late(self, position, mask):
+    @pytest.mark.parametrize("splits", (None, 3))
+    def test_a_position_that_is_written_late(self, splits, position, mask):
         """What is read ahead follows a number that the kernel before has not written yet."""
         make = {"dtype": torch.bfloat16, "device": "cuda"}
         args = list(case((2, 8, 2, 1100, 128, 128), "none", position=position, **make))
@@ -365,7 +366,7 @@ class TestGpu:
             n = torch.arange(1100, device="cuda")
             args[8] = ((n <= position) if mask == "causal" else (n >= position))[None, None, None]
         expected, keys, values = decode_attention_reference(*args)
-        decode_attention_triton(*args, pdl=True, read_ahead=True)  # compiled
+        decode_attention_triton(*args, pdl=True, read_ahead=True, splits=splits)  # compiled
         for guess in (0, 65, 1099):
             args[5].normal_()
             args[6].normal_()
@@ -374,7 +375,7 @@ class TestGpu:
             torch.cuda.synchronize()
             kwargs = {"at": args[7], "value": position, "turns": 20000}
             _triton.launch(write_late, (1,), args[0].device, True, **kwargs)
-            actual = decode_attention_triton(*args, pdl=True, read_ahead=True)
+            actual = decode_attention_triton(*args, pdl=True, read_ahead=True, splits=splits)
             assert_close("o", actual, expected, 1e-2)
             assert_close("keys", args[5], keys, 1e-2)
             assert_close("values", args[6], values, 1e-2)

@@ -141,13 +141,53 @@ def test_a_few_tokens_where_weights_are_streamed(monkeypatch, shape, rows):
     assert not result.after.keys() & {"linear", "fsvd.expand"}
 
 
+def test_a_few_tokens_with_an_epilogue(monkeypatch):
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    weight, x = torch.randn(1032, 1024).bfloat16(), torch.randn(8, 1024).bfloat16()
+
+    class Both(Wide):
+        def forward(self, x, z, residual):
+            return F.silu(F.linear(x, self.weight)), residual + F.linear(z, self.weight)
+
+    result = run(Both(weight), x, x.clone(), torch.randn(8, 1032).bfloat16())
+    assert result.only() == {"dense_linear": 2, "activation": 1, "residual": 1}
+    assert result.after["fsvd.expand"] == 2
+    assert not result.after.keys() & {"linear", "silu", "fsvd.shrink"}
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x[:1, :1024].expand(8, 1024), id="expanded"),
+        pytest.param(lambda x: x[:8, :8].reshape(-1)[:1].expand(8, 1024), id="one value"),
+        pytest.param(lambda x: x[:8, :1024], id="rows of 1028 values"),
+        pytest.param(lambda x: x[:8, 4:], id="not at a multiple of 16 bytes"),
+        pytest.param(lambda x: x[:1024, :8].t(), id="transposed"),
+    ],
+)
+def test_a_few_tokens_that_no_copy_takes(monkeypatch, view):
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    weight = nn.Parameter(torch.randn(1032, 1024).bfloat16())
+
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return F.linear(view(x), self.weight)
+
+    result = run(Viewed(), torch.randn(1024, 1028).bfloat16())
+    assert not result.only("dense_linear") and result.after["linear"] == 1
+
+
 @pytest.mark.parametrize(
     "fn,shape",
     [
         pytest.param(Wider(1032), (17, 1024), id="17 tokens"),
         pytest.param(Wider(1032, dtype=torch.float32), (8, 1024), id="fp32"),
         pytest.param(Wider(1000), (8, 1024), id="less than is streamed"),
-        pytest.param(Wider(2000, k=520), (8, 520), id="few features"),
+        pytest.param(Wider(4096, k=520), (8, 520), id="few features"),
         pytest.param(Wider(1028), (8, 1024), id="rows of the result unaligned"),
     ],
 )
