@@ -85,7 +85,7 @@ def linear(
     groups = [[0, 1]] if gated else _launches(weights)
     if phase is not Phase.DECODE and norm[0] != "none":
         kernels = [
-            _kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
+            kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
             for group in groups
         ]
         rows = sum(w.shape[0] for w in weights)
@@ -141,7 +141,7 @@ def _layout_of(weights: Sequence[Tensor]) -> str:
     return layouts.pop() if len(layouts) == 1 else "any"
 
 
-def _kernel_of(
+def kernel_of(
     op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int], phase: Phase
 ) -> str:
     """The kernel of a launch, as `_tuning.Launch` names it."""
@@ -159,7 +159,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     m = x.shape[0]
     k = max(w.shape[1] for w in weights)
     rows = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
-    kernel = _kernel_of(op, x, weights, offsets, phase)
+    kernel = kernel_of(op, x, weights, offsets, phase)
     step, vector = 1, 1
     if kernel == "stream":
         step = _stream.row_step(weights)

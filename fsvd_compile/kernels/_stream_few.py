@@ -7,7 +7,8 @@ TMA through the same ring as the weights, a block of columns at a time: 32 token
 memory holds. A copy is issued by one thread and costs its program tens of nanoseconds, so a block of columns is one
 copy; only the last one of a row that is no whole number of blocks comes in pieces of 64, which have zeros behind K.
 
-RMSNorm of up to 16 tokens, the rows of an operand, happens inside, for a kernel of its own costs a boundary: x is
+RMSNorm of up to 16 tokens, the rows of an operand, happens inside where the weight's rows are few enough
+(`normalizes`), for a kernel of its own costs a boundary: x is
 multiplied by the norm's weight as it is read, and with itself on tensor cores, where the diagonal are the sums of
 squares that the result is scaled by.
 Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU only.

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fsvd_compile.kernels import _stream_few, _triton
+from fsvd_compile.kernels import _triton
+from fsvd_compile.kernels._linear import kernel_of
 from fsvd_compile.kernels._triton import TRITON_DTYPES
 from fsvd_compile.passes.epilogue import activation_of
 from fsvd_compile.passes.graph import is_plain, is_static, read_ahead, shape, tokens, val
@@ -72,7 +73,7 @@ def _streams(x: Tensor, weight: Tensor, rows: int) -> bool:
         return False
     with _triton.compiling_only():  # fake tensors have no addresses
         x = x.reshape(rows, weight.shape[1])  # as the launcher does
-        return _stream_few.takes("shrink", x, [weight], [0], "row")
+        return kernel_of("shrink", x, [weight], [0], Phase.FEW) == "few"
 
 
 def _replace_linear(match: Match, graph: Graph) -> Node:

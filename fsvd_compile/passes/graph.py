@@ -236,7 +236,7 @@ class Memory:
         self.look()  # for the value itself
         if value not in self.added or replaced.users or not _same_layout(value, replaced):
             return False
-        if _aliases_input(value) or _aliases_input(replaced) or self.holders(value) != [value]:
+        if _aliases_input(value) or _aliases_input(replaced) or self._held(value) != [value]:
             return False
         value.meta["example_value"] = replaced.meta["example_value"]
         self.added.discard(value)
@@ -266,6 +266,10 @@ class Memory:
     def holders(self, memory: Node) -> list[Node]:
         """Every node whose value lies in the memory of `memory`, in the graph's order."""
         self.look()
+        return self._held(memory)
+
+    def _held(self, memory: Node) -> list[Node]:
+        """`holders` of those that were looked for."""
         return sorted(n for n in self._holders.get(storage(memory), ()) if not n._erased)
 
     def readers(self, memory: Node) -> list[Node]:

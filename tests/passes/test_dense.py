@@ -116,6 +116,12 @@ class Wide(nn.Module):
         return F.linear(x, self.view(self.weight), self.bias).sin()
 
 
+@pytest.fixture
+def streamed(monkeypatch):
+    """Values of 16 bits are taken for those of a GPU whose kernels are streamed."""
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+
+
 class Wider(nn.Module):
     """A norm and as many linears as `rows` says, of 1024 features in half precision."""
 
@@ -132,8 +138,7 @@ class Wider(nn.Module):
 
 @pytest.mark.parametrize("shape", [(3, 1, 1024), (8, 1024), (4, 4, 1024)], ids=str)
 @pytest.mark.parametrize("rows", [(1032,), (1024, 2048)], ids=str)
-def test_a_few_tokens_where_weights_are_streamed(monkeypatch, shape, rows):
-    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+def test_a_few_tokens_where_weights_are_streamed(streamed, shape, rows):
     result = run(Wider(*rows), torch.randn(shape, dtype=torch.bfloat16))
     name = "dense_linear" if len(rows) == 1 else "dense_siblings"
     assert result.only(name) == {name: 1}
@@ -141,8 +146,7 @@ def test_a_few_tokens_where_weights_are_streamed(monkeypatch, shape, rows):
     assert not result.after.keys() & {"linear", "fsvd.expand"}
 
 
-def test_a_few_tokens_with_an_epilogue(monkeypatch):
-    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+def test_a_few_tokens_with_an_epilogue(streamed):
     weight, x = torch.randn(1032, 1024).bfloat16(), torch.randn(8, 1024).bfloat16()
 
     class Both(Wide):
@@ -165,8 +169,7 @@ def test_a_few_tokens_with_an_epilogue(monkeypatch):
         pytest.param(lambda x: x[:1024, :8].t(), id="transposed"),
     ],
 )
-def test_a_few_tokens_that_no_copy_takes(monkeypatch, view):
-    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+def test_a_few_tokens_that_no_copy_takes(streamed, view):
     weight = nn.Parameter(torch.randn(1032, 1024).bfloat16())
 
     class Viewed(nn.Module):
@@ -191,8 +194,7 @@ def test_a_few_tokens_that_no_copy_takes(monkeypatch, view):
         pytest.param(Wider(1028), (8, 1024), id="rows of the result unaligned"),
     ],
 )
-def test_a_few_tokens_are_left_to_a_library_elsewhere(monkeypatch, fn, shape):
-    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+def test_a_few_tokens_are_left_to_a_library_elsewhere(streamed, fn, shape):
     result = run(fn, torch.randn(shape, dtype=fn.norm.weight.dtype))
     assert not result.only("dense_linear", "dense_siblings")
     assert result.after["linear"] == 1 and not result.after.keys() & {"fsvd.shrink", "fsvd.expand"}
