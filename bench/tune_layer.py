@@ -1,10 +1,11 @@
-"""Tile sizes of the decode kernels, by coordinate descent over a whole LLaMA layer on this GPU.
+"""Tile sizes of the decode kernels, by a search over a whole LLaMA layer on this GPU.
 
     python bench/tune_layer.py [--tokens 8] [--ranks 1228 1791] [--model llama3-8b --context 8192] --json tiles.json
 
 A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
 it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
-residuals, gate and attention included. Prints the tiles that won, for `fsvd_compile/kernels/configs`.
+residuals, gate and attention included: by coordinate descent and, with `--joint 60`, neighbours together.
+Prints the tiles that won, for `fsvd_compile/kernels/configs`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import multiprocessing
+import random
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +30,19 @@ from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.kernels import (
     _tuning,
     decode_attention_triton,
+    expand_rms_triton,
     expand_triton,
     mask_reach,
+    shrink_rms_triton,
     shrink_triton,
 )
 from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
+
+# The residual stream: between layers with what carries its norm.
+Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Setting(NamedTuple):
@@ -114,6 +123,13 @@ def main() -> None:
     )
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument(
+        "--joint",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="how long neighbours are tried together",
+    )
+    parser.add_argument(
         "--jobs", type=int, default=8, help="processes that compile candidates ahead"
     )
     parser.add_argument("--json", metavar="FILE")
@@ -134,32 +150,22 @@ def main() -> None:
     begin(what)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         jobs = [(what, n, c) for n in NAMES for c in candidates(n)]
-        possible = set(itertools.compress(jobs, pool.map(compile_one, jobs, chunksize=1)))
+        fits = pool.map(compile_one, jobs, chunksize=1)
+    possible = {
+        n: [c for (_, m, c), fit in zip(jobs, fits, strict=True) if m == n and fit] for n in NAMES
+    }
     serve()
     layers = [Layer() for _ in range(args.layers)]
-    best, tried = layer_us(layers), []
+    best = layer_us(layers)
     print(
         f"at first {best:.2f} us a layer, linears alone {layer_us(layers, False):.2f}", flush=True
     )
-    for _, name in itertools.product(range(args.passes), NAMES):
-        before, times = tiles[name], {}
-        for candidate in candidates(name):
-            if (what, name, candidate) not in possible:
-                continue
-            tiles[name] = candidate
-            times[candidate] = layer_us(layers)
-        winner = min(times, key=times.get)
-        tiles[name] = winner if times[winner] < 0.999 * best else before
-        best = min(best, times[winner])
-        tried.append(
-            {
-                "kernel": name,
-                "us": {str(c): round(t, 2) for c, t in sorted(times.items(), key=lambda i: i[1])},
-            }
-        )
-        print(f"{name:<15} {before} -> {tiles[name]}  {best:.2f} us", flush=True)
+    tried = descend(layers, possible, args.passes, best)
+    if args.joint:
+        anneal(layers, tried, args.joint)
+    best = layer_us(layers, replays=30)
     linears = layer_us(layers, False)
-    print(f"at last {layer_us(layers):.2f} us a layer, linears alone {linears:.2f}")
+    print(f"at last {best:.2f} us a layer, linears alone {linears:.2f}")
     print(tiles)
     if args.json:
         found = {
@@ -169,9 +175,56 @@ def main() -> None:
             "tiles": tiles,
             "us_per_layer": best,
             "us_linears": linears,
-            "tried": tried,
+            "tried": [
+                {"kernel": n, "us": {str(c): round(us, 2) for c, us in times.items()}}
+                for n, times in tried
+            ],
         }
         write_json(found, Path(args.json))
+
+
+def descend(layers: list, possible: dict[str, list], passes: int, best: float) -> list[tuple]:
+    """Coordinate descent: (kernel, its candidates with microseconds a layer, best first), one after another."""
+    tried = []
+    for _, name in itertools.product(range(passes), NAMES):
+        before, times = tiles[name], {}
+        for candidate in possible[name]:
+            tiles[name] = candidate
+            times[candidate] = layer_us(layers)
+        winner = min(times, key=times.get)
+        tiles[name] = winner if times[winner] < 0.999 * best else before
+        best = min(best, times[winner])
+        tried.append((name, dict(sorted(times.items(), key=lambda item: item[1]))))
+        print(f"{name:<15} {before} -> {tiles[name]}  {best:.2f} us", flush=True)
+    return tried
+
+
+def anneal(layers: list, tried: list[tuple], seconds: float, most: int = 14) -> None:
+    """Changes tiles of one kernel or up to three neighbours at a time, as each needs room beside the one before.
+
+    Among the `most` best of each in the last descent, by simulated annealing from 0.4 us a layer down to nothing.
+    """
+    choices = {name: list(dict.fromkeys([tiles[name], *[*times][:most]])) for name, times in tried}
+    chance = random.Random(0)
+    now = best = dict(tiles)
+    least = current = layer_us(layers, replays=20)
+    known: dict[tuple, float] = {}
+    begun = time.perf_counter()
+    while (passed := (time.perf_counter() - begun) / seconds) < 1:
+        first, count = chance.randrange(len(NAMES)), chance.choice((1, 1, 1, 2, 2, 3))
+        moved = [NAMES[(first + i) % len(NAMES)] for i in range(count)]
+        tiles.update(now | {name: chance.choice(choices[name]) for name in moved})
+        key = tuple(tiles.values())
+        if key not in known:
+            known[key] = layer_us(layers, replays=6)
+        if known[key] < current or chance.random() < math.exp(
+            (current - known[key]) / (0.4 * (1 - passed) + 0.02)
+        ):
+            now, current = dict(tiles), known[key]
+        if current < least:
+            best, least = now, current
+    tiles.update(best)
+    print(f"jointly, {len(known)} layers: {least:.2f} us", flush=True)
 
 
 def asked(name: str) -> Launch:
@@ -250,7 +303,13 @@ def start() -> torch.Tensor:
 
 
 class Layer:
-    """One decode step of one layer with weights of its own."""
+    """One decode step of one layer with weights of its own.
+
+    Attributes:
+        carries: Whether norms of a few tokens are carried (`fsvd_compile.kernels.carried`).
+    """
+
+    carries = True
 
     def __init__(self) -> None:
         def made(*shape: int, count: int = 1) -> list[torch.Tensor]:
@@ -280,9 +339,10 @@ class Layer:
         self.mask = (rows <= setting.context)[None, None, None]
         self.reach = mask_reach(self.mask, setting.cache)
 
-    def __call__(self, x: torch.Tensor, attention: bool = True) -> torch.Tensor:
+    def __call__(self, x: Stream, attention: bool = True) -> Stream:
+        """What the layer before, or `start`, returned becomes what the next one reads."""
         tokens, (rank, mlp, kv) = setting.tokens, setting.ranks
-        z = shrink_triton(x, self.qkv[0], [None] * 3, "rms", self.norms[0], None, 1e-5, pdl=True)
+        z = self._normed(x, self.qkv[0], self.norms[0])
         y = expand_triton(z, self.qkv[1], [None] * 3, [0, rank, rank + kv], pdl=True)
         q, k, v = (
             t.view(tokens, 1, -1, setting.head).transpose(1, 2) for t in y.split(setting.qkv, -1)
@@ -293,13 +353,23 @@ class Layer:
                 setting.head**-0.5, self.reach, pdl=True, read_ahead=True,
             ).transpose(1, 2).reshape(tokens, 1, -1)  # fmt: skip
         z = shrink_triton(y[..., : setting.hidden], self.o[0], [None], pdl=True)
-        x = expand_triton(z, self.o[1], [None], [0], x, pdl=True)
-        z = shrink_triton(
-            x, self.gate_up[0], [None] * 2, "rms", self.norms[1], None, 1e-5, pdl=True
-        )
+        x = self._added(z, self.o[1], x, self.norms[1])
+        z = self._normed(x, self.gate_up[0], self.norms[1])
         y = expand_triton(z, self.gate_up[1], [None] * 2, [0, mlp], None, "silu_mul", pdl=True)
         z = shrink_triton(y, self.down[0], [None], pdl=True)
-        return expand_triton(z, self.down[1], [None], [0], x, pdl=True)
+        return self._added(z, self.down[1], x, self.norms[0])  # in a model the next layer's
+
+    def _normed(self, x: Stream, weights: list, norm: torch.Tensor) -> torch.Tensor:
+        none = [None] * len(weights)
+        if isinstance(x, tuple):
+            return shrink_rms_triton(*x[1:], weights, none, 1e-5, pdl=True)
+        return shrink_triton(x, weights, none, "rms", norm, None, 1e-5, pdl=True)
+
+    def _added(self, z: torch.Tensor, weights: list, x: Stream, norm: torch.Tensor) -> Stream:
+        residual = x[0] if isinstance(x, tuple) else x
+        if self.carries and setting.tokens > 2:
+            return expand_rms_triton(z, weights[0], None, 0, residual, norm, pdl=True)
+        return expand_triton(z, weights, [None], [0], residual, pdl=True)
 
 
 def layer_us(layers: list[Layer], attention: bool = True, replays: int = 12) -> float:

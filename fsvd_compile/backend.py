@@ -27,7 +27,7 @@ from fsvd_compile.kernels.ahead import compiling_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
-from fsvd_compile.passes.ops import Expand, Shrink, name_of, read
+from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import phase_of
 from fsvd_compile.report import GraphReport, publish
@@ -359,6 +359,10 @@ def _weights(node: torch.fx.Node) -> list[Any]:
         return [*shrink.weights, *shrink.biases, shrink.norm_weight, shrink.norm_bias]
     if (expand := read(node, Expand)) is not None:
         return [*expand.weights, *expand.biases]
+    if (expand := read(node, ExpandRms)) is not None:
+        return [expand.weight, expand.bias, expand.norm_weight]
+    if (shrink := read(node, ShrinkRms)) is not None:
+        return [*shrink.weights, *shrink.biases]
     if kind_of(node) in ("linear", "layer_norm", "rms_norm") and (given := arguments(node)):
         return [given["weight"], given.get("bias")]
     return []

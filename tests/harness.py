@@ -70,7 +70,7 @@ class Rewritten:
 # The rewrites that make or change a fused op; the rest only changes spelling.
 FUSIONS = (
     "lowrank_chain", "siblings", "gated_mlp", "activation", "norm_prologue", "residual", "rope_append", "attention",
-    "decode_attention", "dense_siblings", "dense_linear",
+    "decode_attention", "dense_siblings", "dense_linear", "carried_norm",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from fsvd_compile import LowRankLinear, backend
+from fsvd_compile.kernels import _stream
+from fsvd_compile.passes import Context
 from fsvd_compile.report import collect
 
 
@@ -250,3 +253,41 @@ def test_the_key_of_the_caches_is_of_the_sources_that_were_imported(tmp_path):
     # No two processes share a cache where nothing can be read.
     assert backend._sources(tmp_path / "a.zip") != backend._sources(tmp_path / "a.zip")
     assert backend._sources(Path(backend.__file__).parent) == backend._SOURCES
+
+
+class Normed(nn.Module):
+    def __init__(self, features: int, rank: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(features, 1e-6)
+        self.chain = LowRankLinear(features, features, rank)
+
+    def forward(self, x):
+        return x + self.chain(self.norm(x))
+
+
+def test_a_norm_that_the_layer_before_carries(lowered, monkeypatch):
+    """Sums of squares cross the borders; the first layer and the last are others than those between."""
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
+    monkeypatch.setattr(backend, "Context", lambda *given: Context("cuda", "ops"))
+    monkeypatch.setattr(backend, "_kernels_compiled", lambda *a: contextlib.nullcontext())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            blocks = [nn.Sequential(Normed(1024, 64), Normed(1024, 64)) for _ in range(5)]
+            self.blocks = nn.ModuleList(blocks)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x.float().softmax(-1)
+
+    model = Model().bfloat16().eval().requires_grad_(False)
+    x = torch.randn(5, 1024).bfloat16()
+    compiled = torch.compile(model, backend="flashsvd", options={"kernels": "ops"})
+    with torch.no_grad(), collect() as reports:
+        for _ in range(2):
+            assert_close("model", compiled(x), copy.deepcopy(model).float()(x.float()), 2e-2)
+    assert reports[0].matches["carried_norm"] == 9
+    assert reports[0].layers == [1, 3, 1, 1]

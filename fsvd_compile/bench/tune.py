@@ -24,7 +24,14 @@ from torch import Tensor
 from fsvd_compile.bench import decode
 from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.errors import BenchError, WrongResultError
-from fsvd_compile.kernels import _measured, _triton, _tuning, expand_triton, shrink_triton
+from fsvd_compile.kernels import (
+    _measured,
+    _stream_few,
+    _triton,
+    _tuning,
+    expand_triton,
+    shrink_triton,
+)
 from fsvd_compile.kernels._tuning import Launch, Tile
 from fsvd_compile.phase import Phase
 from fsvd_compile.table import aligned
@@ -201,6 +208,7 @@ def candidates(launch: Launch) -> list[Tile]:
             if 1024 * warps <= block_k * rows
             and stages <= _triton.cdiv(launch.k, block_k)
             and (not launch.norm or 64 * warps <= block_k)
+            and (not launch.carry or rows >= _stream_few.SUMMED_ROWS)
         ]
         return [
             t for t in tiles if both * t.num_stages * (t.block_r + t.block_m) * t.block_k in FEW

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,27 @@ from fsvd_compile.kernels._gemv import _gemv
 from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 from fsvd_compile.phase import Phase
+
+# RMSNorm is carried for so many tokens, least and most. A layer of LLaMA-7B, its norms in the shrink or a kernel and
+# carried (H200): 8 tokens 82.7 and 80.9 us, 16 105.8 and 107.8, 32 152.2 and, with tiles of its own, 148.3, 64 246.0
+# and 254.2.
+CARRIED_TOKENS = ((3, 8), (17, 32))
+
+
+class Carry(NamedTuple):
+    """What an expand leaves for the RMSNorm behind it, see `carried`.
+
+    Attributes:
+        weight: The norm's, `[n]`, or None.
+        offset: Added to it.
+        scaled: Filled with the result times the weight, `[M, n]`.
+        squares: Filled with sums of squares of the result, `[ceil(n / 32), M]` in fp32.
+    """
+
+    weight: Tensor | None
+    offset: float
+    scaled: Tensor
+    squares: Tensor
 
 
 def check_operands(op: str, i: int, w: Tensor, b: Tensor | None, name: str, x: Tensor) -> None:
@@ -74,16 +96,18 @@ def linear(
     norm: tuple = ("none", None, None, 0.0, 0.0),
     activation: str = "none",
     residual: Tensor | None = None,
+    carry: Carry | None = None,
 ) -> Tensor:
     """Fills `out` `[M, n]` with the block-diagonal product of `x` `[M, K]`.
 
-    Weights stored alike go into one launch, up to four; a launch writes its columns of `out`.
+    Weights stored alike go into one launch, up to four; a launch writes its columns of `out`. A norm named "carried"
+    is a factor by sums of squares, its weight; that and `carry` are for launches of which `carries` is true.
     """
     if out.numel() == 0:
         return out
     gated = activation.endswith("_mul")
     groups = [[0, 1]] if gated else _launches(weights)
-    if phase is not Phase.DECODE and norm[0] != "none":
+    if phase is not Phase.DECODE and norm[0] not in ("none", "carried"):
         kernels = [
             kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
             for group in groups
@@ -110,8 +134,27 @@ def linear(
             activation.removesuffix("_mul"),
             gated,
             residual if residual is None or gated else residual[:, first:last],
+            carry,
         )
     return out
+
+
+def carries(op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int]) -> bool:
+    """Whether RMSNorm can be carried to or from a product of a few tokens, all of whose launches are `_stream_few`'s.
+
+    For the numbers of tokens that gain by it, of an expand of one weight, and in bf16 alone: what is multiplied by the
+    norm's weight is not normalized yet, and too large for fp16 perhaps.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and (op == "shrink" or len(weights) == 1)
+        and any(least <= x.shape[0] <= most for least, most in CARRIED_TOKENS)
+        and all(
+            kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], Phase.FEW)
+            == "few"
+            for group in _launches(weights)
+        )
+    )
 
 
 def _launches(weights: Sequence[Tensor], most: int = 4) -> list[list[int]]:
@@ -151,7 +194,7 @@ def kernel_of(
     return "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
 
 
-def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual):
+def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual, carry):
     layout = _layout_of(weights)
     align = _alignment(weights, layout)
     n_unit = align if layout == "col" else 1
@@ -177,7 +220,8 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
         layout,
         gated,
         vector,
-        kernel in ("stream", "few") and norm[0] != "none",
+        kernel in ("stream", "few") and norm[0] not in ("none", "carried"),
+        carry is not None,
     )
     tile = _tuning.linear_tile(launch, x.device)
     shared = {
@@ -217,7 +261,7 @@ def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, 
     if kernel == "stream":
         _stream.launch(x, weights, shared | _norm_arguments(x, norm), tile, blocks, pdl)
     elif kernel == "few":
-        shared |= _norm_arguments(x, norm)
+        shared |= _norm_arguments(x, norm) | {"CARRY": carry}
         _stream_few.launch(x, weights, offsets, shared, tile, blocks, pdl)
     elif phase is Phase.DECODE:
         _triton.launch(

@@ -10,7 +10,8 @@ copy; only the last one of a row that is no whole number of blocks comes in piec
 RMSNorm of up to 16 tokens, the rows of an operand, happens inside where the weight's rows are few enough
 (`normalizes`), for a kernel of its own costs a boundary: x is
 multiplied by the norm's weight as it is read, and with itself on tensor cores, where the diagonal are the sums of
-squares that the result is scaled by.
+squares that the result is scaled by. Behind an expand it can be carried instead (`carried`): the expand also writes
+its result times the norm's weight, and sums of squares of 32 rows at a time, and the shrink is left with a factor.
 Written in Gluon for compute capability 9.0, as `_stream`, and tested on a GPU only.
 """
 
@@ -45,6 +46,8 @@ MOST_TOKENS = 64
 # Programs begin at different blocks of columns for so many tokens: of 8 a layer of LLaMA-7B takes 104.2 us for 105.3,
 # of 16 134.9 for 136.7, of 32 194.5 for 193.3 and of 64 322 for 308 (H100).
 MOST_TURNED = 16
+# Rows of an expand behind which RMSNorm is carried that share one sum of squares.
+SUMMED_ROWS = 32
 # RMSNorm is part of the product for so many tokens, the rows of an operand, and features.
 MOST_NORMED = 16
 MOST_FEATURES = 8192
@@ -139,7 +142,10 @@ def launch(
     if len(set(offsets)) == 1 and len({w.shape[1] for w in weights}) == 1:
         inputs = inputs[:1]
     tail = any(w.shape[1] % tile.block_k for w in weights)
-    normed = shared["NORM"] != "none"
+    normed = shared["NORM"] == "rms"
+    carried, carry = shared["NORM"] == "carried", shared["CARRY"]
+    sums = shared["NORM_W"] if carry is None else carry.squares
+    weighted = shared["HAS_NORM_W"] and not carried if carry is None else carry.weight is not None
     x_rows = max(tile.block_m, MOST_NORMED) if normed else tile.block_m
     maps = [_blocks(w, tile.block_r, pieces, smem) for w in weights]
     x_maps = [_blocks(z, x_rows, pieces, smem) for z in inputs]
@@ -148,7 +154,7 @@ def launch(
     taken = (
         "Y", "BIAS", "RES", "N", "NB", "KS", "M", "stride_ym", "stride_rm", "stride_rn",
         "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
-        "NORM_W", "HAS_NORM_W", "eps",
+        "eps",
     )  # fmt: skip
     _triton.launch(
         _stream_few,
@@ -161,6 +167,14 @@ def launch(
         **_named("WE", ends),
         **_named("XE", x_ends),
         NORM=normed,
+        NORM_W=carry.weight if carry is not None and weighted else shared["NORM_W"],
+        HAS_NORM_W=weighted,
+        norm_offset=shared["norm_offset"] if carry is None else float(carry.offset),
+        SCALED=shared["Y"] if carry is None else carry.scaled,
+        SUMS=sums,
+        SUMMED=sums.shape[0] if carried or carry is not None else 0,
+        CARRIED=carried,
+        CARRY=carry is not None,
         TOKENS=tile.block_m,
         X_ROWS=x_rows,
         FEATURES=_held(x.shape[1], tile.block_k) if normed else 0,
@@ -217,17 +231,23 @@ def _stream_few(
     BIAS,
     RES,
     NORM_W,
+    SCALED,
+    SUMS,
+    SUMMED,
     N,
     NB,
     KS,
     M,
     eps,
+    norm_offset,
     stride_ym,
     stride_rm,
     stride_rn,
     COUNT: gl.constexpr,
     ALIGN: gl.constexpr,
     NORM: gl.constexpr,
+    CARRIED: gl.constexpr,
+    CARRY: gl.constexpr,
     HAS_NORM_W: gl.constexpr,
     TOKENS: gl.constexpr,
     X_ROWS: gl.constexpr,
@@ -283,7 +303,12 @@ def _stream_few(
     m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
     bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
     scale = 0
-    if HAS_NORM_W:
+    if CARRY:
+        scale = (rows * 0).to(gl.float32) + 1.0
+        if HAS_NORM_W:
+            scale = gl.load(NORM_W + rows, mask=rows < n, other=0.0).to(gl.float32)
+            scale += gl.cast(norm_offset, gl.float32)
+    elif HAS_NORM_W:
         scale = _scale(NORM_W, K, FEATURES, PIECES, num_warps)
 
     if USE_PDL:
@@ -293,6 +318,8 @@ def _stream_few(
         block = _turned(i, turn, count, ROTATE)
         bar = bars.index(i)
         _copy(X, X_END, xs, bar, block, i, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
+    if CARRIED:
+        sums = _sums(SUMS, SUMMED, token, M, TOKENS, num_warps)
     inside = (rows < n)[:, None] & (m < M)[None, :]
     m = gl.cast(m, gl.int64)
     res = gl.zeros([BLOCK_R, TOKENS], gl.float32, layout=OUT)
@@ -311,7 +338,7 @@ def _stream_few(
         tokens = _tokens(x, TOKENS, MMA)
         if NORM:
             squares = _product(x, tokens, squares, MMA)
-        if HAS_NORM_W:
+        if HAS_NORM_W and not CARRY:
             g = scale.index(_turned(i, turn, count, ROTATE))
             tokens *= g.load(gl.SliceLayout(2, gl.DotOperandLayout(1, MMA, 2)))[:, :, None]
         acc = _product(ring.index(stage * HALVES), tokens, acc, MMA)
@@ -331,11 +358,23 @@ def _stream_few(
     if NORM:
         mean = gl.convert_layout(_diagonal(squares, MMA), gl.SliceLayout(0, OUT)) / K
         y *= gl.rsqrt(mean + gl.cast(eps, gl.float32))[None, :]
+    if CARRIED:
+        mean = gl.convert_layout(gl.sum(sums, axis=0), gl.SliceLayout(0, OUT)) / K
+        y *= gl.rsqrt(mean + gl.cast(eps, gl.float32))[None, :]
     y = activate(y + bias[:, None], ACT)
     if GATED:
         y *= gl.convert_layout(gl.sum(up, axis=0), OUT) + bias_up[:, None]
     y += res
     gl.store(Y + (column + rows)[:, None] + m[None, :] * stride_ym, y.to(dtype), mask=inside)
+    if CARRY:
+        at = SCALED + rows[:, None] + m[None, :] * n
+        gl.store(at, (y * scale[:, None]).to(dtype), mask=inside)
+        # The readers know nothing of a program's rows: what 32 of them have too many lies in front.
+        squares = gl.sum(gl.where(inside, y * y, 0.0), axis=0)
+        for i in gl.static_range(BLOCK_R // 32):
+            part = row // 32 + i
+            gl.store(SUMS + part * M + m, squares, mask=(m < M) & (part < SUMMED))
+            squares = gl.zeros([TOKENS], gl.float32, layout=gl.SliceLayout(0, OUT))
 
 
 @jit
@@ -413,6 +452,20 @@ def _scale(NORM_W, K, FEATURES: gl.constexpr, PIECES: gl.constexpr, num_warps: g
     return kept._reinterpret(
         NORM_W.dtype.element_ty, [blocks, PIECES, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
+
+
+@jit
+def _sums(SUMS, SUMMED, token, M, TOKENS: gl.constexpr, num_warps: gl.constexpr):
+    """`[64, TOKENS]`: what is left to add of sums `[SUMMED, M]`."""
+    LANES: gl.constexpr = TOKENS if TOKENS < 32 else 32
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [num_warps, 1], [1, 0])
+    part = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT))
+    m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, FLAT))
+    total = gl.zeros([64, TOKENS], gl.float32, layout=FLAT)
+    for first in range(0, SUMMED, 64):
+        some = (first + part < SUMMED)[:, None] & (m < M)[None, :]
+        total += gl.load(SUMS + (first + part)[:, None] * M + m[None, :], mask=some, other=0.0)
+    return total
 
 
 @jit

@@ -48,6 +48,7 @@ class Launch(NamedTuple):
         vector: Elements of a load where rows start anywhere between two multiples of 16 bytes (see
             `_linear`), else 1.
         norm: Whether x is normalized by the kernel, of those to which it matters ("stream" and "few").
+        carry: Whether RMSNorm behind it is carried ("few").
     """
 
     op: str
@@ -60,6 +61,7 @@ class Launch(NamedTuple):
     gated: bool = False
     vector: int = 1
     norm: bool = False
+    carry: bool = False
 
     @property
     def block_k(self) -> int:
@@ -222,6 +224,10 @@ def _few_tile(launch: Launch, measured: list[list[int]], device: torch.device) -
     if launch.norm:
         # Every warp has columns of its own, of which it squares x.
         choices = [[r, k, min(w, k // _stream.PIECE), s] for r, k, w, s in choices]
+    if launch.carry:
+        # More warps for more rows, so that none keeps more sums.
+        more = [max(1, _stream_few.SUMMED_ROWS // r) for r, *_ in choices]
+        choices = [[r * n, k, w * n, s] for n, (r, k, w, s) in zip(more, choices, strict=True)]
     return _fitting(launch, choices, launch.block_m, used, device)
 
 
@@ -344,6 +350,9 @@ def decode_attention_tile(
         # A program and a half for each multiprocessor, two where they have so little to read that starting counts.
         wanted = (4 if length <= 2048 else 3) * _triton.multiprocessors(device) // 2
         splits = max(1, min(wanted // (batch * kv_heads), cdiv(length, 64), 64))
+        if group == 1 and batch * kv_heads >= 4 * _triton.multiprocessors(device):
+            # Many heads: 0.9 us less of a layer of 32 sequences with the tiles that its linears have now.
+            return AttentionTile(1, 32, 1, 2, 2)
         return AttentionTile(1, 64, splits, 2 if group == 1 else 4, 3)
     narrow = dim * itemsize <= 256 and dim % 8 == 0
     alone = narrow and itemsize == 2 and group == 1

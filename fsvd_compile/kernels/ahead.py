@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fsvd_compile.kernels import (
     _triton,
     attention,
+    carried,
     decode_attention,
     expand,
     rope_append,
@@ -33,6 +34,8 @@ Call = tuple[torch._ops.OpOverload, tuple]
 _CUDA = {
     torch.ops.fsvd.shrink.default: shrink._cuda,
     torch.ops.fsvd.expand.default: expand._cuda,
+    torch.ops.fsvd.expand_rms.default: carried._cuda_expand,
+    torch.ops.fsvd.shrink_rms.default: carried._cuda_shrink,
     torch.ops.fsvd.rope_append.default: rope_append._cuda,
     torch.ops.fsvd.attention.default: attention._cuda,
     torch.ops.fsvd.decode_attention.default: decode_attention._cuda,

@@ -1,6 +1,7 @@
 """The pipeline: every rewrite in the order it runs. README.md beside this file has the table and the invariants."""
 
 from fsvd_compile.passes.attention import ATTENTION
+from fsvd_compile.passes.carried import CARRIED
 from fsvd_compile.passes.decode import DECODE
 from fsvd_compile.passes.dense import DENSE
 from fsvd_compile.passes.epilogue import EPILOGUE
@@ -14,6 +15,7 @@ PIPELINE: tuple[Rewrite, ...] = (
     *LOWRANK,  # chains, then siblings: packing needs the pairs
     *DENSE,  # what no chain and no group has taken
     *EPILOGUE,  # gated before plain activation, norms after packing (one reader), residuals last
+    *CARRIED,  # behind residuals and norms, which it joins
     *ATTENTION,  # RoPE and append before attention: the append leaves the caches themselves as operands
     *DECODE,  # the two before it, joined
 )

@@ -19,7 +19,7 @@ from fsvd_compile.kernels._triton import TRITON_DTYPES
 from fsvd_compile.passes.epilogue import activation_of
 from fsvd_compile.passes.graph import is_plain, is_static, read_ahead, shape, tokens, val
 from fsvd_compile.passes.lowrank import dense_siblings, is_bias, replace_siblings, siblings_guard
-from fsvd_compile.passes.ops import Expand, Shrink, emit_op
+from fsvd_compile.passes.ops import Expand, Shrink, as_launched, emit_op
 from fsvd_compile.passes.pattern import Match
 from fsvd_compile.passes.rewrite import Context, Rewrite
 from fsvd_compile.passes.vocabulary import arguments, kind_of
@@ -59,21 +59,21 @@ def _linear_guard(match: Match, context: Context) -> str | None:
         return (
             f"the rows of {weight.name} are no multiples of {_ALIGNED} bytes one behind the other"
         )
-    if phase_of(rows) is not Phase.DECODE and not _streams(val(x), value, rows):
+    if phase_of(rows) is not Phase.DECODE and not _streams(x, value):
         return f"{rows} tokens, and {weight.name} is not streamed for them: a library does it"
     return read_ahead(match.memory, weight, bias)
 
 
-def _streams(x: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether a shrink of a few tokens would be `_stream_few`'s; both are fake.
+def _streams(x: Node, weight: Tensor) -> bool:
+    """Whether a shrink of a few tokens would be `_stream_few`'s; the weight is fake.
 
     Asked for an expand as well, which takes all of these and some smaller ones: only shrinks were measured.
     """
-    if not all(isinstance(n, int) for n in (*x.stride(), x.storage_offset())):
+    launched = as_launched(x)
+    if launched is None:
         return False
     with _triton.compiling_only():  # fake tensors have no addresses
-        x = x.reshape(rows, weight.shape[1])  # as the launcher does
-        return kernel_of("shrink", x, [weight], [0], Phase.FEW) == "few"
+        return kernel_of("shrink", launched, [weight], [0], Phase.FEW) == "few"
 
 
 def _replace_linear(match: Match, graph: Graph) -> Node:

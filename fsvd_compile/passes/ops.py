@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 import fsvd_compile.kernels  # noqa: F401  (registers torch.ops.fsvd)
-from fsvd_compile.passes.graph import emit
+from fsvd_compile.passes.graph import emit, val
 
 
 class Shrink(NamedTuple):
@@ -33,6 +33,28 @@ class Expand(NamedTuple):
     offsets: list[int]
     residual: Node | None = None
     activation: str = "none"
+
+
+class ExpandRms(NamedTuple):
+    """Arguments of `fsvd::expand_rms`: an expand of one weight that leaves what the RMSNorm behind it needs."""
+
+    z: Node
+    weight: Node
+    bias: Node | None
+    offset: int
+    residual: Node | None
+    norm_weight: Node | None
+    norm_offset: float
+
+
+class ShrinkRms(NamedTuple):
+    """Arguments of `fsvd::shrink_rms`: a shrink whose norm an expand carries."""
+
+    scaled: Node
+    squares: Node
+    weights: list[Node]
+    biases: list[Node | None]
+    norm_eps: float
 
 
 class RopeAppend(NamedTuple):
@@ -77,6 +99,8 @@ class DecodeAttention(NamedTuple):
 _TARGETS = {
     Shrink: torch.ops.fsvd.shrink.default,
     Expand: torch.ops.fsvd.expand.default,
+    ExpandRms: torch.ops.fsvd.expand_rms.default,
+    ShrinkRms: torch.ops.fsvd.shrink_rms.default,
     RopeAppend: torch.ops.fsvd.rope_append.default,
     Attention: torch.ops.fsvd.attention.default,
     DecodeAttention: torch.ops.fsvd.decode_attention.default,
@@ -88,6 +112,14 @@ def read(node: Any, op: type) -> Any:
     if isinstance(node, Node) and node.op == "call_function" and node.target is _TARGETS[op]:
         return op(*node.args)
     return None
+
+
+def as_launched(x: Node) -> torch.Tensor | None:
+    """A fake `[..., K]` as launchers take it, `[M, K]`; None where it does not lie at sizes known now."""
+    value = val(x)
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset())):
+        return None
+    return value.reshape(-1, value.shape[-1])
 
 
 def emit_op(graph: Graph, before: Node, like: Node, arguments: NamedTuple) -> Node:

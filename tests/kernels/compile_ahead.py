@@ -26,8 +26,10 @@ from fsvd_compile.kernels import (
     _triton,
     attention_triton,
     decode_attention_triton,
+    expand_rms_triton,
     expand_triton,
     rope_append_triton,
+    shrink_rms_triton,
     shrink_triton,
 )
 
@@ -161,6 +163,20 @@ def decode_attention(
     return run
 
 
+def carried(tokens, rows, n, rank):
+    def run(pdl):
+        if _triton.capability(None) != (9, 0):
+            return  # no kernel carries a norm
+        x, g = torch.empty(tokens, rank, dtype=BF16), torch.empty(n, dtype=BF16)
+        (w,), residual = weights((n,), rank, BF16), torch.empty(tokens, n, dtype=BF16)
+        _, scaled, squares = expand_rms_triton(x, w, None, 0, residual, g, pdl=pdl)
+        shrink_rms_triton(
+            scaled, squares, weights(rows, n, BF16), [None] * len(rows), 1e-5, pdl=pdl
+        )
+
+    return run
+
+
 def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
     """(name, launcher) of what is compiled; LLaMA-7B and Llama-3-8B shapes, and odd ones."""
     for t in (1, 2, 8):
@@ -176,6 +192,9 @@ def cases() -> Iterator[tuple[str, Callable[[bool], None]]]:
             expand(t, (11008,) * 2, (1488,) * 2, act="silu_mul"),
         )
         yield f"table-down-expand-m{t}", expand(t, (4096,), (1488,), residual=True)
+    for t in (8, 32):
+        yield f"carried-o-m{t}", carried(t, (1488, 1488), 4096, 1024)
+        yield f"carried-down-m{t}", carried(t, (1024,) * 3, 4096, 1488)
     for name, dtype in TYPES.items():
         for t in (1, 2, 8, 48):
             yield f"shrink-{name}-m{t}", shrink(t, (512, 128, 128), 2048, dtype, True, "rms")

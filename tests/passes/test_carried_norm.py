@@ -1,0 +1,194 @@
+"""carried_norm: RMSNorm between an expand and a shrink of a few tokens, where weights are streamed."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from harness import rewrite
+from torch import nn
+
+from fsvd_compile.kernels import _stream
+
+K, R, TOKENS = 1024, 256, 17
+
+
+@pytest.fixture(autouse=True)
+def streamed(monkeypatch):
+    """Values of 16 bits are taken for those of a GPU whose kernels are streamed; little weights count as large."""
+    monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
+    monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
+
+
+class Chain(nn.Sequential):
+    def __init__(self, rows=K, k=K, rank=R, bias=False):
+        super().__init__(nn.Linear(k, rank, bias=False), nn.Linear(rank, rows, bias=bias))
+
+
+class Layers(nn.Module):
+    """Two residual branches of a factorized MLP without its gate, RMSNorm in front of each."""
+
+    def __init__(self, dtype=torch.bfloat16, norm=nn.RMSNorm, rank=R, bias=False):
+        super().__init__()
+        self.norms = nn.ModuleList(norm(K) for _ in range(2))
+        self.first, self.second = Chain(rank=rank), Chain(rank=rank, bias=bias)
+        self.to(dtype)
+        for parameter in self.norms.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x):
+        x = x + self.first(self.norms[0](x))
+        return x + self.second(self.norms[1](x))
+
+
+class Norm(nn.RMSNorm):
+    def __init__(self, k):
+        super().__init__(k, eps=1e-6)
+
+
+def given(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, dtype=dtype)
+
+
+def run(fn, *args, **kwargs):
+    return rewrite(fn, *args, **{"device": "cuda", "limit": 2e-2} | kwargs)
+
+
+@pytest.mark.parametrize("shape", [(TOKENS, K), (3, 1, K), (32, 1, K)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_between_two_branches(shape, bias):
+    result = run(Layers(norm=Norm, bias=bias), given(*shape))
+    assert result.only("carried_norm", "norm_prologue") == {"carried_norm": 1, "norm_prologue": 2}
+    # The first norm has no expand in front of it.
+    assert [result.after[f"fsvd.{op}"] for op in ("expand_rms", "shrink_rms")] == [1, 1]
+    assert [result.after[f"fsvd.{op}"] for op in ("expand", "shrink")] == [1, 1]
+    (shrink,) = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.shrink_rms.default]
+    (expand,) = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand_rms.default]
+    assert [(n.target, n.args) for n in shrink.args[:2]] == [
+        (operator.getitem, (expand, 1)),
+        (operator.getitem, (expand, 2)),
+    ]
+    assert expand.args[4] is not None and expand.args[5] is not None  # residual and weight
+    # The residual of the second branch is the first result.
+    (last,) = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand.default]
+    assert (last.args[4].target, last.args[4].args) == (operator.getitem, (expand, 0))
+
+
+def test_gemma_adds_one_and_a_norm_without_weight():
+    class Gemma(nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(k))
+
+        def forward(self, x):
+            wide = x.float()
+            wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return (wide * (1.0 + self.weight.float())).type_as(x)
+
+    result = run(Layers(norm=Gemma), given(TOKENS, K))
+    assert result.only("carried_norm") == {"carried_norm": 1}
+    (expand,) = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand_rms.default]
+    assert expand.args[6] == 1.0
+
+    plain = run(
+        Layers(norm=lambda k: nn.RMSNorm(k, 1e-6, elementwise_affine=False)), given(TOKENS, K)
+    )
+    assert plain.only("carried_norm") == {"carried_norm": 1}
+
+
+def test_siblings_behind_it():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = Chain(), Norm(K)
+            self.gate, self.up = Chain(1536), Chain(1536)
+            self.bfloat16()
+
+        def forward(self, x):
+            x = x + self.first(x)
+            y = self.norm(x)
+            return x, nn.functional.silu(self.gate(y)) * self.up(y)
+
+    result = run(Packed(), given(TOKENS, K))
+    assert result.only("siblings", "gated_mlp", "carried_norm") == dict.fromkeys(
+        ("siblings", "gated_mlp", "carried_norm"), 1
+    )
+    assert result.after["fsvd.shrink_rms"] == 1
+
+
+def test_two_norms_of_one_result():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norms = Chain(), nn.ModuleList([Norm(K), Norm(K)])
+            self.a, self.b = Chain(), Chain()
+            self.bfloat16()
+            nn.init.normal_(self.norms[0].weight)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.a(self.norms[0](x)), self.b(self.norms[1](x))
+
+    result = run(Two(), given(TOKENS, K))
+    assert result.only("carried_norm") == {"carried_norm": 1}
+    assert result.after["fsvd.shrink"] == 2  # the other norm is the shrink's own
+
+
+@pytest.mark.parametrize(
+    "fn,shape,options",
+    [
+        pytest.param(Layers(norm=Norm), (2, K), {}, id="two tokens"),
+        pytest.param(Layers(norm=Norm), (9, K), {}, id="9 tokens"),
+        pytest.param(Layers(norm=Norm), (33, K), {}, id="33 tokens"),
+        pytest.param(Layers(norm=Norm), (TOKENS, K), {"device": "cpu"}, id="cpu"),
+        pytest.param(Layers(norm=Norm), (TOKENS, K), {"kernels": "aten"}, id="aten"),
+        pytest.param(Layers(torch.float16, Norm), (TOKENS, K), {}, id="fp16"),
+        pytest.param(Layers(torch.float32, Norm), (TOKENS, K), {}, id="fp32"),
+        pytest.param(Layers(norm=nn.LayerNorm), (TOKENS, K), {}, id="LayerNorm"),
+        pytest.param(Layers(norm=Norm, rank=252), (TOKENS, K), {}, id="rank without 16 bytes"),
+        pytest.param(Layers(norm=Norm), (TOKENS, K), {"dynamic": True}, id="symbolic"),
+    ],
+)
+def test_is_left_alone(fn, shape, options):
+    dtype = next(fn.parameters()).dtype
+    result = run(fn, given(*shape, dtype=dtype), **options)
+    assert not result.only("carried_norm")
+    assert not result.after.keys() & {"fsvd.expand_rms", "fsvd.shrink_rms"}
+
+
+def test_a_result_that_is_written_in_between():
+    class Written(Layers):
+        def forward(self, x, y):
+            x = self.first(self.norms[0](x))
+            z = x.view(-1)
+            z[:5].copy_(y)
+            return self.second(self.norms[1](x))
+
+    result = run(Written(norm=Norm), given(TOKENS, K), given(5))
+    assert not result.only("carried_norm")
+
+
+def test_an_expand_with_an_activation():
+    class Active(Layers):
+        def forward(self, x):
+            return self.second(self.norms[1](nn.functional.silu(self.first(x))))
+
+    result = run(Active(norm=Norm), given(TOKENS, K))
+    assert result.only("activation", "norm_prologue") == {"activation": 1, "norm_prologue": 1}
+    assert not result.only("carried_norm")
+
+
+def test_a_weight_that_is_computed():
+    class Computed(Layers):
+        def forward(self, x, w):
+            x = x + self.first(x)
+            y = nn.functional.rms_norm(x, (K,), w.sin(), 1e-6)
+            return x + self.second(y)
+
+    assert not run(Computed(norm=Norm), given(TOKENS, K), given(K)).only("carried_norm")
+
+
+def test_disabled():
+    result = run(Layers(norm=Norm), given(TOKENS, K), disable=("carried_norm",))
+    assert not result.only("carried_norm") and result.after["fsvd.shrink"] == 2
