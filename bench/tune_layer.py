@@ -242,8 +242,10 @@ def asks() -> tuple[list[Launch], dict]:
         return attention_rule(**question)
 
     _tuning.decode_attention_tile = rule
+    layer = Layer()
+    x = layer(start())
     with _tuning.recording() as launches:
-        Layer()(start())
+        layer(x)
     _tuning.decode_attention_tile = attention_rule
     return launches, questions[0]
 
@@ -291,7 +293,8 @@ def compile_one(job: tuple[Setting, str, tuple]) -> bool:
     serve()
     tiles[name] = tile
     try:
-        Layer()(start())
+        layer = Layer()
+        layer(layer(start()))
         torch.cuda.synchronize()
     except OutOfResources:
         return False
