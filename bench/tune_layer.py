@@ -36,6 +36,7 @@ from fsvd_compile.kernels import (
     shrink_rms_triton,
     shrink_triton,
 )
+from fsvd_compile.kernels._linear import carries
 from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
@@ -356,11 +357,12 @@ class Layer:
                 setting.head**-0.5, self.reach, pdl=True, read_ahead=True,
             ).transpose(1, 2).reshape(tokens, 1, -1)  # fmt: skip
         z = shrink_triton(y[..., : setting.hidden], self.o[0], [None], pdl=True)
-        x = self._added(z, self.o[1], x, self.norms[1])
+        x = self._added(z, self.o[1], x, self.norms[1], self.gate_up[0])
         z = self._normed(x, self.gate_up[0], self.norms[1])
         y = expand_triton(z, self.gate_up[1], [None] * 2, [0, mlp], None, "silu_mul", pdl=True)
         z = shrink_triton(y, self.down[0], [None], pdl=True)
-        return self._added(z, self.down[1], x, self.norms[0])  # in a model the next layer's
+        # In a model the norm and the shrink are the next layer's.
+        return self._added(z, self.down[1], x, self.norms[0], self.qkv[0])
 
     def _normed(self, x: Stream, weights: list, norm: torch.Tensor) -> torch.Tensor:
         none = [None] * len(weights)
@@ -368,9 +370,13 @@ class Layer:
             return shrink_rms_triton(*x[1:], weights, none, 1e-5, pdl=True)
         return shrink_triton(x, weights, none, "rms", norm, None, 1e-5, pdl=True)
 
-    def _added(self, z: torch.Tensor, weights: list, x: Stream, norm: torch.Tensor) -> Stream:
+    def _added(
+        self, z: torch.Tensor, weights: list, x: Stream, norm: torch.Tensor, behind: list
+    ) -> Stream:
         residual = x[0] if isinstance(x, tuple) else x
-        if self.carries and setting.tokens > 2:
+        rows = (t.view(setting.tokens, t.shape[-1]) for t in (z, residual))
+        sides = zip(("expand", "shrink"), rows, (weights, behind), strict=True)
+        if self.carries and all(carries(op, t, w, [0] * len(w)) for op, t, w in sides):
             return expand_rms_triton(z, weights[0], None, 0, residual, norm, pdl=True)
         return expand_triton(z, weights, [None], [0], residual, pdl=True)
 

@@ -239,23 +239,30 @@ def check_values(graph: Graph) -> None:
         said = node.meta.get("example_value")
         if node.op == "placeholder":
             computed[node] = said
-        elif node.op in ("call_function", "call_method") and isinstance(said, FakeTensor):
+        elif node.op in ("call_function", "call_method") and _fakes(said):
             if not all(n in computed for n in node.all_input_nodes):
                 continue
             args, kwargs = map_arg((node.args, node.kwargs), computed.__getitem__)
-            with torch.no_grad(), said.fake_mode:
+            with torch.no_grad(), _fakes(said)[0].fake_mode:
                 fn = node.target if node.op == "call_function" else getattr(args[0], node.target)
                 is_ = fn(*args, **kwargs) if node.op == "call_function" else fn(*args[1:], **kwargs)
-            assert is_.dtype == said.dtype, node
-            assert str((is_.shape, is_.stride())) == str((said.shape, said.stride())), node
+            for made, told in zip(_fakes(is_), _fakes(said), strict=True):
+                assert made.dtype == told.dtype, node
+                assert str((made.shape, made.stride())) == str((told.shape, told.stride())), node
             computed[node] = is_
         elif said is not None and node.op != "output":
             computed[node] = said
-        if isinstance(computed.get(node), FakeTensor):
-            key, told = computed[node].untyped_storage()._cdata, said.untyped_storage()._cdata
-            assert memory.setdefault(key, told) == told, (
+        for made, told in zip(_fakes(computed.get(node)), _fakes(said), strict=False):
+            key, own = made.untyped_storage()._cdata, told.untyped_storage()._cdata
+            assert memory.setdefault(key, own) == own, (
                 f"{node} says it has other memory than it has"
             )
+
+
+def _fakes(value: Any) -> tuple[FakeTensor, ...]:
+    """A fake tensor, or all of a tuple of them; nothing of anything else."""
+    values = value if isinstance(value, tuple) else (value,)
+    return values if all(isinstance(v, FakeTensor) for v in values) else ()
 
 
 _DTYPES = {

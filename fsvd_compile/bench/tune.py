@@ -29,6 +29,7 @@ from fsvd_compile.kernels import (
     _stream_few,
     _triton,
     _tuning,
+    expand_rms_triton,
     expand_triton,
     shrink_triton,
 )
@@ -163,7 +164,8 @@ def asked(setting: Setting) -> list[Launch]:
     with _tuning.recording() as launches:
         for tokens in setting.tokens:
             subject = setting.subject(tokens)
-            model = decode.build(subject, setting.keep, layers=1)
+            # The first layer has its norm in front, the last may carry none: those between are what is tuned.
+            model = decode.build(subject, setting.keep, layers=3)
             prompt = torch.randint(100, (tokens, subject.context), device=model.device)
             cache = decode.fill(model, prompt, subject.cache)
             torch._dynamo.reset()
@@ -172,7 +174,17 @@ def asked(setting: Setting) -> list[Launch]:
             with torch.no_grad():
                 compiled(prompt[:, :1], past_key_values=cache, use_cache=True)
     torch._dynamo.reset()
-    return launches
+    return _commonest(launches)
+
+
+def _commonest(launches: list[Launch]) -> list[Launch]:
+    """One launch of those that a table of tiles has one row for, the one that most layers have."""
+    by_row: dict[Launch, Launch] = {}
+    for launch in launches:
+        row = launch._replace(norm=False, carry=False)
+        others = [launch, by_row[row]] if row in by_row else [launch]
+        by_row[row] = max(others, key=lambda one: (one.carry, not one.norm))
+    return list(by_row.values())
 
 
 def candidates(launch: Launch) -> list[Tile]:
@@ -237,7 +249,8 @@ def _fits(job: tuple[Launch, Tile]) -> bool:
 class Case:
     """One linear with several weights of its own, 300 MB together unless told how many.
 
-    With RMSNorm in front where that is part of the kernel; the library's product is without.
+    With RMSNorm in front where that is part of the kernel, or what one behind is left; the library's product is
+    without.
     """
 
     def __init__(self, launch: Launch, copies: int | None = None, device: str = "cuda") -> None:
@@ -254,6 +267,7 @@ class Case:
         self.offsets = [i * launch.k for i in range(count)]
         self.x = made(launch.tokens, count * launch.k)
         self.norm = made(launch.k) if launch.norm else None
+        self.behind = made(launch.rows) if launch.carry else None
 
     def ours(self, weights: list[Tensor]) -> Tensor:
         none = [None] * len(weights)
@@ -264,6 +278,10 @@ class Case:
         if self.launch.op == "shrink":
             norm = ("none", None) if self.norm is None else ("rms", self.norm)
             return shrink_triton(self.x, weights, none, *norm, **how)
+        if self.behind is not None:
+            return expand_rms_triton(
+                self.x, weights[0], None, 0, None, self.behind, pdl=how["pdl"]
+            )[0]
         act = "silu_mul" if self.launch.gated else "none"
         return expand_triton(self.x, weights, none, self.offsets, None, act, **how)
 

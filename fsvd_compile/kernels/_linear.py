@@ -45,8 +45,9 @@ from fsvd_compile.kernels._triton import cdiv, next_power_of_2
 from fsvd_compile.phase import Phase
 
 # RMSNorm is carried for so many tokens, least and most. A layer of LLaMA-7B, its norms in the shrink or a kernel and
-# carried (H200): 8 tokens 82.7 and 80.9 us, 16 105.8 and 107.8, 32 152.2 and, with tiles of its own, 148.3, 64 246.0
-# and 254.2.
+# carried (H200): 8 tokens 82.7 and 80.9 us, 16 105.8 and 107.8, 32 152.2 and, with tiles that were searched with it,
+# 148.3, 64 246.0 and 254.2. What 32 tokens owe to the norm and what to the tiles is not known; other numbers of tokens
+# take the tiles of the next of these.
 CARRIED_TOKENS = ((3, 8), (17, 32))
 
 
@@ -142,8 +143,8 @@ def linear(
 def carries(op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int]) -> bool:
     """Whether RMSNorm can be carried to or from a product of a few tokens, all of whose launches are `_stream_few`'s.
 
-    For the numbers of tokens that gain by it, of an expand of one weight, and in bf16 alone: what is multiplied by the
-    norm's weight is not normalized yet, and too large for fp16 perhaps.
+    For `CARRIED_TOKENS`, of an expand of one weight, and in bf16 alone: what is multiplied by the norm's weight is not
+    normalized yet, and too large for fp16 perhaps.
     """
     return (
         x.dtype == torch.bfloat16

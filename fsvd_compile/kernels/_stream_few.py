@@ -182,6 +182,7 @@ def launch(
         PIECES=pieces,
         STAGES=tile.num_stages,
         ROTATE=tile.block_m <= MOST_TURNED,
+        SUMMED_ROWS=SUMMED_ROWS,
         INPUTS=len(inputs),
         TAIL=tail,
         MMA=gl.NVMMADistributedLayout(
@@ -256,6 +257,7 @@ def _stream_few(
     PIECES: gl.constexpr,
     STAGES: gl.constexpr,
     ROTATE: gl.constexpr,
+    SUMMED_ROWS: gl.constexpr,
     INPUTS: gl.constexpr,
     TAIL: gl.constexpr,
     ACT: gl.constexpr,
@@ -371,8 +373,9 @@ def _stream_few(
         gl.store(at, (y * scale[:, None]).to(dtype), mask=inside)
         # The readers know nothing of a program's rows: what 32 of them have too many lies in front.
         squares = gl.sum(gl.where(inside, y * y, 0.0), axis=0)
-        for i in gl.static_range(BLOCK_R // 32):
-            part = row // 32 + i
+        gl.static_assert(BLOCK_R % SUMMED_ROWS == 0)
+        for i in gl.static_range(BLOCK_R // SUMMED_ROWS):
+            part = row // SUMMED_ROWS + i
             gl.store(SUMS + part * M + m, squares, mask=(m < M) & (part < SUMMED))
             squares = gl.zeros([TOKENS], gl.float32, layout=gl.SliceLayout(0, OUT))
 

@@ -225,7 +225,7 @@ def _few_tile(launch: Launch, measured: list[list[int]], device: torch.device) -
         # Every warp has columns of its own, of which it squares x.
         choices = [[r, k, min(w, k // _stream.PIECE), s] for r, k, w, s in choices]
     if launch.carry:
-        # More warps for more rows, so that none keeps more sums.
+        # More warps for more rows: where there are rows for them, none keeps more sums.
         more = [max(1, _stream_few.SUMMED_ROWS // r) for r, *_ in choices]
         choices = [[r * n, k, w * n, s] for n, (r, k, w, s) in zip(more, choices, strict=True)]
     return _fitting(launch, choices, launch.block_m, used, device)
@@ -327,12 +327,13 @@ def decode_attention_tile(
 ) -> AttentionTile:
     """Programs that are all side by side: one more would wait for the first to end.
 
-    *Streamed,* on an H200 in bf16, 64 rows and three blocks on their way, a whole layer with its attention by the
-    other kernel and by this one: LLaMA-7B, 512 tokens in a cache of 1024, 59.4 us and 58.1 with 8 splits and two warps
-    (four warps 58.3, 4 splits 58.2, one block 58.1); 8 and 32 such sequences 85.7 and 81.3, 158.4 and 151.6 (four warps
-    81.6 and 152.0, 128 rows 81.9 and 152.4); Llama-3-8B, 8192 tokens in a cache of 8320, 79.4 and 75.5 with 24 splits
-    and four warps (two 79.6; 16 splits 77.1, 22 75.4, 32 77.1; 128 rows and eight warps 75.9 with 16). `python
-    bench/tune_layer.py` tries such tiles; bench/results/tune_layer_attention_h200.json and so on.
+    *Streamed,* on an H200 in bf16, 64 rows and three blocks on their way (many heads: 32 and two), a layer with its
+    attention by the other kernel and by this one: LLaMA-7B, 512 tokens in a cache of 1024, 59.4 us and 58.1 with 8
+    splits and two warps (four warps 58.3, 4 splits 58.2, one block 58.1); 8 and 32 such sequences 85.7 and 81.3,
+    158.4 and 151.6 (four warps 81.6 and 152.0, 128 rows 81.9 and 152.4); Llama-3-8B, 8192 tokens in a cache of
+    8320, 79.4 and 75.5 with 24 splits and four warps (two 79.6; 16 splits 77.1, 22 75.4, 32 77.1; 128 rows and
+    eight warps 75.9 with 16). `python bench/tune_layer.py` tries such tiles;
+    bench/results/tune_layer_attention_h200.json and so on.
 
     *Elsewhere* as found there before: 64 rows, four warps, two blocks for one sequence of as many heads as KV heads
     (none on its way 59.3 for 59.6 us, 32 rows and two blocks 60.3, eight warps 61.6, two 62.9, 4 splits 60.8), 128
@@ -351,7 +352,8 @@ def decode_attention_tile(
         wanted = (4 if length <= 2048 else 3) * _triton.multiprocessors(device) // 2
         splits = max(1, min(wanted // (batch * kv_heads), cdiv(length, 64), 64))
         if group == 1 and batch * kv_heads >= 4 * _triton.multiprocessors(device):
-            # Many heads: 0.9 us less of a layer of 32 sequences with the tiles that its linears have now.
+            # Many heads: 0.9 us less of a layer of 32 sequences, 530 tokens in a cache of 1024, as more of the kernel
+            # behind fits beside it.
             return AttentionTile(1, 32, 1, 2, 2)
         return AttentionTile(1, 64, splits, 2 if group == 1 else 4, 3)
     narrow = dim * itemsize <= 256 and dim % 8 == 0

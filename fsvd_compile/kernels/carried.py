@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fsvd_compile.errors import FactorError
@@ -71,10 +72,10 @@ def _left(y: Tensor, weight: Tensor | None, offset: float) -> tuple[Tensor, Tens
     _check_norm(y.shape[-1], weight)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     scaled = wide if weight is None else wide * (weight.to(wide.dtype) + offset)
-    parts = cdiv(y.shape[-1], SUMMED_ROWS)
-    squares = wide.float().square().reshape(-1, y.shape[-1])
-    squares = torch.nn.functional.pad(squares, (0, parts * SUMMED_ROWS - y.shape[-1]))
-    squares = squares.view(-1, parts, SUMMED_ROWS).sum(-1).t().contiguous()
+    tokens, parts = math.prod(y.shape[:-1]), cdiv(y.shape[-1], SUMMED_ROWS)
+    squares = wide.square().float().reshape(tokens, y.shape[-1])
+    squares = F.pad(squares, (0, parts * SUMMED_ROWS - y.shape[-1]))
+    squares = squares.view(tokens, parts, SUMMED_ROWS).sum(-1).t().contiguous()
     return y, scaled.to(y.dtype, copy=True), squares
 
 
@@ -89,7 +90,7 @@ def shrink_rms_aten(
 
     Args:
         scaled: `[..., K]`.
-        squares: As `expand_rms_aten` returns them, `[parts, M]`.
+        squares: As `expand_rms_aten` returns them, `[ceil(K / 32), M]`.
         weights: `r_i` by K each.
         biases: `[r_i]` or None each.
         norm_eps: Added under the root.
@@ -140,7 +141,7 @@ def expand_rms_triton(
         phase=Phase.FEW,
         pdl=pdl,
         residual=None if residual is None else residual.reshape(tokens, n),
-        carry=Carry(norm_weight, norm_offset, scaled, squares),
+        carry=Carry(shrink._in_order(norm_weight), norm_offset, scaled, squares),
     )
     shape = (*z.shape[:-1], n)
     return y.view(shape), scaled.view(shape), squares
@@ -197,10 +198,11 @@ def _check_norm(features: int, weight: Tensor | None) -> None:
 
 
 def _check_squares(scaled: Tensor, squares: Tensor) -> None:
-    if squares.dim() != 2 or squares.shape[1] != math.prod(scaled.shape[:-1]):
+    expected = cdiv(scaled.shape[-1], SUMMED_ROWS), math.prod(scaled.shape[:-1])
+    if tuple(squares.shape) != expected:
         raise FactorError(
             f"shrink_rms: squares have shape {tuple(squares.shape)}, and scaled {tuple(scaled.shape)}; they must be "
-            "[parts, M] of as many tokens, as expand_rms returns them."
+            f"{list(expected)}, as expand_rms returns them."
         )
     if squares.dtype != torch.float32 or not squares.is_contiguous():
         raise FactorError(
@@ -222,7 +224,7 @@ def _fake_shrink(scaled, squares, weights, biases, norm_eps):
 
 
 def _cuda_expand(z, weight, bias, offset, residual, norm_weight, norm_offset):
-    rows = z.reshape(-1, z.shape[-1])
+    rows = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
     if carries("expand", rows, [weight], [offset]):
         pdl = _triton.supports_pdl(z.device)
         return expand_rms_triton(
@@ -234,7 +236,7 @@ def _cuda_expand(z, weight, bias, offset, residual, norm_weight, norm_offset):
 
 
 def _cuda_shrink(scaled, squares, weights, biases, norm_eps):
-    rows = scaled.reshape(-1, scaled.shape[-1])
+    rows = scaled.reshape(math.prod(scaled.shape[:-1]), scaled.shape[-1])
     if carries("shrink", rows, weights, [0] * len(weights)):
         pdl = _triton.supports_pdl(scaled.device)
         return shrink_rms_triton(scaled, squares, weights, biases, norm_eps, pdl=pdl)

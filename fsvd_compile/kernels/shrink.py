@@ -143,9 +143,14 @@ def shrink_triton(
         out,
         phase=phase or phase_of(tokens),
         pdl=pdl,
-        norm=(norm, norm_weight, norm_bias, norm_eps, norm_offset),
+        norm=(norm, _in_order(norm_weight), _in_order(norm_bias), norm_eps, norm_offset),
     )
     return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _in_order(parameter: Tensor | None) -> Tensor | None:
+    """A norm's parameter as kernels read it, one element behind the other."""
+    return None if parameter is None else parameter.contiguous()
 
 
 def _check(x, weights, biases, norm, norm_weight, norm_bias) -> None:

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from fsvd_compile.kernels import _triton
 from fsvd_compile.kernels._linear import carries
-from fsvd_compile.passes.graph import emit, read_ahead, val
+from fsvd_compile.passes.graph import emit, val
 from fsvd_compile.passes.ops import (
     Expand,
     ExpandRms,
@@ -32,7 +32,10 @@ def _find_carried(graph: Graph) -> Iterator[Match]:
 
 
 def _carried_guard(match: Match, context: Context) -> str | None:
-    """Saves the norm's kernel, where it has one, or its share of every program of the shrink."""
+    """Saves the norm's kernel, where it has one, or its share of every program of the shrink.
+
+    The norm's weight is read ahead: `norm_prologue` has seen that it may be.
+    """
     shrink, expand = match["shrink"], match["expand"]
     if context.device != "cuda" or context.kernels == "aten":
         return f"on {context.device} with kernels={context.kernels!r} the norm is fused otherwise"
@@ -44,9 +47,12 @@ def _carried_guard(match: Match, context: Context) -> str | None:
     ):
         if not _carries(op, x, arguments.weights, offsets):
             return f"the {op} of {x.name} has no kernel that carries a norm"
+    weight = shrink.norm_weight
+    if weight is not None and not weight < shrink.x:
+        return f"{weight.name}, the norm's weight, is made behind {shrink.x.name}"
     if (writer := match.memory.between(shrink.x, shrink.x, match.root)) is not None:
         return f"{shrink.x.name} is written in place by {writer.name} before it is normalized"
-    return read_ahead(match.memory, shrink.norm_weight)
+    return None
 
 
 def _carries(op: str, x: Node, weights: list[Node], offsets: list[int]) -> bool:

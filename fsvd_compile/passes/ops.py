@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 import fsvd_compile.kernels  # noqa: F401  (registers torch.ops.fsvd)
-from fsvd_compile.passes.graph import emit, val
+from fsvd_compile.passes.graph import emit, tokens, val
 
 
 class Shrink(NamedTuple):
@@ -119,7 +119,7 @@ def as_launched(x: Node) -> torch.Tensor | None:
     value = val(x)
     if not all(isinstance(n, int) for n in (*value.shape, *value.stride(), value.storage_offset())):
         return None
-    return value.reshape(-1, value.shape[-1])
+    return value if value.dim() == 2 else value.reshape(tokens(x), value.shape[-1])
 
 
 def emit_op(graph: Graph, before: Node, like: Node, arguments: NamedTuple) -> Node:

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-# By mode, which lives as long as a compilation: size, stride, dtype and device of what a call returned.
-_returned: weakref.WeakKeyDictionary[FakeTensorMode, dict[tuple, tuple]] = (
+# By mode, which lives as long as a compilation: size, stride, dtype and device of what a call returned, or a list of
+# those where it returned a tuple.
+_returned: weakref.WeakKeyDictionary[FakeTensorMode, dict[tuple, tuple | list[tuple]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -22,8 +23,8 @@ def set_value(node: Node, writes: bool) -> None:
     """Compute a call's fake value from the fake values of its arguments.
 
     The layers of a model call the same functions with values that look the same, and to run one on fake tensors takes
-    up to milliseconds. So a call that writes nothing and returned a tensor in memory of its own is not run again for
-    arguments that differ in nothing but their memory; another such tensor is made instead.
+    up to milliseconds. So a call that writes nothing and returned a tensor in memory of its own, or a tuple of such, is
+    not run again for arguments that differ in nothing but their memory; others like them are made instead.
 
     Args:
         node: A `call_function` or `call_method`.
@@ -38,15 +39,21 @@ def set_value(node: Node, writes: bool) -> None:
     made = _returned.setdefault(mode, {}) if key is not None else {}
     known = made.get(key)
     if known is not None:
-        node.meta["example_value"] = _another(mode, *known)
+        several = isinstance(known, list)
+        node.meta["example_value"] = (
+            tuple(_another(mode, *one) for one in known) if several else _another(mode, *known)
+        )
         return
     with torch.no_grad(), mode or contextlib.nullcontext(), _decompositions(fakes):
         if node.op == "call_function":
             value = node.target(*args, **kwargs)
         else:
             value = getattr(args[0], node.target)(*args[1:], **kwargs)
-    if key is not None and _in_memory_of_its_own(value, fakes):
-        made[key] = tuple(value.shape), value.stride(), value.dtype, value.device
+    several = type(value) is tuple
+    parts = value if several else (value,)
+    if key is not None and parts and _in_memory_of_their_own(parts, fakes):
+        looks = [(tuple(v.shape), v.stride(), v.dtype, v.device) for v in parts]
+        made[key] = looks if several else looks[0]
     node.meta["example_value"] = value
 
 
@@ -102,11 +109,12 @@ def _simple(value: Any) -> bool:
     )
 
 
-def _in_memory_of_its_own(value: Any, fakes: list[FakeTensor]) -> bool:
-    if not _simple(value) or value._base is not None:
+def _in_memory_of_their_own(values: tuple, fakes: list[FakeTensor]) -> bool:
+    if not all(_simple(value) and value._base is None for value in values):
         return False
-    memory = value.untyped_storage()._cdata
-    return all(f.untyped_storage()._cdata != memory for f in fakes)
+    memory = [t.untyped_storage()._cdata for t in (*values, *fakes)]
+    own = memory[: len(values)]
+    return len(set(own)) == len(own) and not set(own) & set(memory[len(values) :])
 
 
 def _decompositions(tensors: list[FakeTensor]) -> contextlib.AbstractContextManager:

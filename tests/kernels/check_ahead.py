@@ -39,6 +39,8 @@ def arguments() -> list[tuple]:
         (ops.shrink.default, (t(8, 1, 4096), [t(512, 4096)], [None], "rms", t(4096), None, 1e-5, 0.0)),
         (ops.shrink.default, (half, [t(512, 4096, dtype=FP16)], [None], "rms", None, None, 1e-5, 0.0)),
         (ops.expand.default, expand),
+        (ops.expand_rms.default, (t(8, 1, 1024), t(4096, 1024), None, 0, t(8, 1, 4096), t(4096), 0.0)),
+        (ops.shrink_rms.default, (t(8, 1, 4096), t(128, 8, dtype=torch.float32), [t(512, 4096)], [None], 1e-5)),
         (ops.expand.default, (t(1, 1, 75), [t(256, 37), t(256, 38)], [None, None], [0, 37], None, "none")),
         (ops.decode_attention.default, (q, kv, kv, table, table, cache, t(1, 4, 128, 64), at, mask, 0.1)),
         (ops.attention.default, (q, cache, cache, mask, 0.1)),

@@ -147,7 +147,6 @@ def test_two_norms_of_one_result():
         pytest.param(Layers(torch.float32, Norm), (TOKENS, K), {}, id="fp32"),
         pytest.param(Layers(norm=nn.LayerNorm), (TOKENS, K), {}, id="LayerNorm"),
         pytest.param(Layers(norm=Norm, rank=252), (TOKENS, K), {}, id="rank without 16 bytes"),
-        pytest.param(Layers(norm=Norm), (TOKENS, K), {"dynamic": True}, id="symbolic"),
     ],
 )
 def test_is_left_alone(fn, shape, options):
@@ -179,14 +178,58 @@ def test_an_expand_with_an_activation():
     assert not result.only("carried_norm")
 
 
-def test_a_weight_that_is_computed():
-    class Computed(Layers):
-        def forward(self, x, w):
-            x = x + self.first(x)
-            y = nn.functional.rms_norm(x, (K,), w.sin(), 1e-6)
-            return x + self.second(y)
+def test_tokens_that_are_not_known():
+    x = given(TOKENS, K)
+    torch._dynamo.mark_dynamic(x, 0)
+    result = run(Layers(norm=Norm), x, dynamic=None)
+    assert result.only("norm_prologue", "residual") == {"norm_prologue": 2, "residual": 2}
+    assert not result.only("carried_norm") and not result.guards
 
-    assert not run(Computed(norm=Norm), given(TOKENS, K), given(K)).only("carried_norm")
+
+class Viewed(nn.Module):
+    """A norm whose weight is a view of a parameter, made where the norm is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Chain(), Chain()
+        self.weight = nn.Parameter(torch.randn(1, K))
+        self.bfloat16()
+
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + self.second(nn.functional.rms_norm(x, (K,), self.weight.view(-1), 1e-6))
+
+
+def test_a_weight_that_is_a_view_made_behind():
+    result = run(Viewed(), given(TOKENS, K))
+    assert result.only("norm_prologue") == {"norm_prologue": 1}
+    assert not result.only("carried_norm")
+
+
+@pytest.mark.parametrize("tokens", (8, TOKENS))
+def test_a_rank_of_nothing(tokens):
+    class Nothing(Layers):
+        def __init__(self):
+            super().__init__(norm=Norm)
+            self.first = nn.Sequential(
+                nn.Linear(K, 0, bias=False), nn.Linear(0, K, bias=False)
+            ).bfloat16()
+
+    assert not run(Nothing(), given(tokens, K)).only("carried_norm")
+
+
+def test_an_fp32_weight_and_a_result_that_is_written_behind():
+    class Late(Layers):
+        def forward(self, x):
+            x = x + self.first(x)
+            y = self.second(self.norms[1](x))
+            x.mul_(2)
+            return x, y
+
+    model = Late(norm=Norm)
+    model.norms.float()
+    result = run(model, given(TOKENS, K))
+    assert result.only("carried_norm") == {"carried_norm": 1}
 
 
 def test_disabled():

@@ -94,13 +94,28 @@ def test_what_writes_runs_every_time():
     assert calls.ran == 2
 
 
-def test_several_results_run_every_time():
+def test_named_results_run_every_time():
     calls = Calls(torch.topk)
     for _ in range(2):
         node = calls.graph.call_function(calls.function, (calls.input(8), 2))
         set_value(node)
         assert [v.shape for v in node.meta["example_value"]] == [(2,), (2,)]
     assert calls.ran == 2
+
+
+def test_several_results_in_memory_of_their_own_run_once():
+    calls = Calls(lambda x: (x * 2, x.t() + 1))
+    for _ in range(2):
+        calls(calls.input(3, 4))
+    first, second = (n.meta["example_value"] for n in calls.graph.nodes if n.op == "call_function")
+    assert calls.ran == 1 and type(second) is tuple
+    assert [look(t) for t in first] == [look(t) for t in second]
+    assert len({t.untyped_storage()._cdata for t in (*first, *second)}) == 4
+
+    same = Calls(lambda x: (x * 2,) * 2)
+    for _ in range(2):
+        same(same.input(3, 4))
+    assert same.ran == 2  # one memory, twice
 
 
 def test_symbols_run_every_time():
