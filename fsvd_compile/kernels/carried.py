@@ -139,9 +139,9 @@ def expand_rms_triton(
         [offset],
         y,
         phase=Phase.FEW,
-        pdl=pdl,
+        pdl=pdl and shrink.read_as_they_lie(norm_weight),
         residual=None if residual is None else residual.reshape(tokens, n),
-        carry=Carry(shrink._in_order(norm_weight), norm_offset, scaled, squares),
+        carry=Carry(shrink.in_order(norm_weight), norm_offset, scaled, squares),
     )
     shape = (*z.shape[:-1], n)
     return y.view(shape), scaled.view(shape), squares

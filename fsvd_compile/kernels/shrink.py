@@ -142,15 +142,20 @@ def shrink_triton(
         [0] * len(weights),
         out,
         phase=phase or phase_of(tokens),
-        pdl=pdl,
-        norm=(norm, _in_order(norm_weight), _in_order(norm_bias), norm_eps, norm_offset),
+        pdl=pdl and read_as_they_lie(norm_weight, norm_bias),
+        norm=(norm, in_order(norm_weight), in_order(norm_bias), norm_eps, norm_offset),
     )
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _in_order(parameter: Tensor | None) -> Tensor | None:
+def in_order(parameter: Tensor | None) -> Tensor | None:
     """A norm's parameter as kernels read it, one element behind the other."""
     return None if parameter is None else parameter.contiguous()
+
+
+def read_as_they_lie(*parameters: Tensor | None) -> bool:
+    """Whether `in_order` copies none of a norm's parameters: a copy may not be read ahead."""
+    return all(parameter is None or parameter.is_contiguous() for parameter in parameters)
 
 
 def _check(x, weights, biases, norm, norm_weight, norm_bias) -> None:

@@ -126,6 +126,15 @@ def test_triton_views(poisoned):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("tokens", (1, 17))
+def test_norm_parameters_with_gaps(tokens, poisoned):
+    args = list(case((tokens,), (13, 9), norm="layer"))
+    args[4:6] = (stored(p[:, None], "strided")[:, 0] for p in args[4:6])
+    assert args[4].stride() == (2,)
+    assert_close("y", shrink_triton(*args), shrink_reference(*args), LIMITS[torch.float32])
+
+
+@pytest.mark.interpret
 def test_triton_interpreted_bf16(poisoned):
     """The interpreter holds bf16 as raw bits: right only because each load widens its values."""
     for phase in (Phase.DECODE, Phase.FEW):
