@@ -48,15 +48,7 @@ def between_ends(layers: list[tune_layer.Layer], replays: int = 4) -> list[tuple
     Raises:
         RuntimeError: the layers have different numbers of kernels.
     """
-    x = tune_layer.start()
-    for layer in layers:
-        x = layer(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    x = layers[0](tune_layer.start())  # what the layers before leave
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            x = layer(x)
+    graph = tune_layer.captured(layers)
     graph.replay()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -69,13 +61,11 @@ def between_ends(layers: list[tune_layer.Layer], replays: int = 4) -> list[tuple
         raise RuntimeError(
             f"{len(ends)} kernels in {replays} replays of {len(layers)} layers; each layer has to have as many."
         )
-    times, names = defaultdict(list), {}
-    for i, ((before, _), (end, name)) in enumerate(itertools.pairwise(ends), 1):
-        place = i % per_layer
-        names.setdefault(place, name)
+    times = defaultdict(list)
+    for i, ((before, _), (end, _)) in enumerate(itertools.pairwise(ends), 1):
         if i % (per_layer * len(layers)):  # the first of a graph waits for its launch
-            times[place].append(end - before)
-    return [(names.get(i, ends[i][1]), statistics.median(times[i])) for i in range(per_layer)]
+            times[i % per_layer].append(end - before)
+    return [(name, statistics.median(times[i])) for i, (_, name) in enumerate(ends[:per_layer])]
 
 
 def _ends(profiler: profile) -> list[tuple[float, str]]:

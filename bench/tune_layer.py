@@ -307,13 +307,7 @@ def start() -> torch.Tensor:
 
 
 class Layer:
-    """One decode step of one layer with weights of its own.
-
-    Attributes:
-        carries: Whether norms of a few tokens are carried (`fsvd_compile.kernels.carried`).
-    """
-
-    carries = True
+    """One decode step of one layer with weights of its own; norms are carried where kernels carry them."""
 
     def __init__(self) -> None:
         def made(*shape: int, count: int = 1) -> list[torch.Tensor]:
@@ -376,19 +370,25 @@ class Layer:
         residual = x[0] if isinstance(x, tuple) else x
         rows = (t.view(setting.tokens, t.shape[-1]) for t in (z, residual))
         sides = zip(("expand", "shrink"), rows, (weights, behind), strict=True)
-        if self.carries and all(carries(op, t, w, [0] * len(w)) for op, t, w in sides):
+        if all(carries(op, t, w, [0] * len(w)) for op, t, w in sides):
             return expand_rms_triton(z, weights[0], None, 0, residual, norm, pdl=True)
         return expand_triton(z, weights, [None], [0], residual, pdl=True)
 
 
-def layer_us(layers: list[Layer], attention: bool = True, replays: int = 12) -> float:
-    """Microseconds a layer: the median replay of all of them in one graph."""
-    x = layers[0](start(), attention)  # what a layer before leaves, a carried norm included
+def captured(layers: list[Layer], attention: bool = True) -> torch.cuda.CUDAGraph:
+    """All layers in one graph, behind what a layer before leaves, a carried norm included."""
+    x = layers[0](start(), attention)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for layer in layers:
             x = layer(x, attention)
+    return graph
+
+
+def layer_us(layers: list[Layer], attention: bool = True, replays: int = 12) -> float:
+    """Microseconds a layer: the median replay of all of them in one graph."""
+    graph = captured(layers, attention)
     for _ in range(2):
         graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]

@@ -109,12 +109,10 @@ def linear(
     gated = activation.endswith("_mul")
     groups = [[0, 1]] if gated else _launches(weights)
     if phase is not Phase.DECODE and norm[0] not in ("none", "carried"):
-        kernels = [
-            kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
-            for group in groups
-        ]
         rows = sum(w.shape[0] for w in weights)
-        inside = kernels == ["few"] and _stream_few.normalizes(x, rows, norm)
+        inside = _kernels_of(op, x, weights, offsets, phase) == ["few"] and _stream_few.normalizes(
+            x, rows, norm
+        )
         if not inside:
             x, norm = _normed_rows(x, norm, pdl), ("none", None, None, 0.0, 0.0)
     starts = [0]
@@ -150,11 +148,7 @@ def carries(op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int
         x.dtype == torch.bfloat16
         and (op == "shrink" or len(weights) == 1)
         and any(least <= x.shape[0] <= most for least, most in CARRIED_TOKENS)
-        and all(
-            kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], Phase.FEW)
-            == "few"
-            for group in _launches(weights)
-        )
+        and set(_kernels_of(op, x, weights, offsets, Phase.FEW)) <= {"few"}
     )
 
 
@@ -193,6 +187,16 @@ def kernel_of(
     if phase is Phase.DECODE:
         return "stream" if _stream.takes(op, x, weights, layout) else "gemv"
     return "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
+
+
+def _kernels_of(
+    op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int], phase: Phase
+) -> list[str]:
+    """`kernel_of` each launch that weights go into."""
+    return [
+        kernel_of(op, x, [weights[i] for i in group], [offsets[i] for i in group], phase)
+        for group in _launches(weights)
+    ]
 
 
 def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual, carry):
