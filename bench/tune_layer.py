@@ -200,7 +200,7 @@ def descend(layers: list, possible: dict[str, list], passes: int, best: float) -
     return tried
 
 
-def anneal(layers: list, tried: list[tuple], seconds: float, most: int = 14) -> None:
+def anneal(layers: list, tried: list[tuple], seconds: float, most: int = 20) -> None:
     """Changes tiles of one kernel or up to three neighbours at a time, as each needs room beside the one before.
 
     Among the `most` best of each in the last descent, by simulated annealing from 0.4 us a layer down to nothing.

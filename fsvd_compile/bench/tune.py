@@ -214,7 +214,7 @@ def candidates(launch: Launch) -> list[Tile]:
         tiles = [
             Tile(rows, block_k, warps, launch.block_m, stages)
             for rows, warps, block_k, stages in itertools.product(
-                (16, 32, 64, 128), (2, 4, 8), (64, 128, 256, 512), (1, 2, 3, 4, 6, 8)
+                (16, 32, 64, 128), (2, 4, 8), (64, 128, 256, 512), (1, 2, 3, 4, 5, 6, 8)
             )
             # A warp has a piece of 64 columns of 16 rows at least, and of its own where x is normalized.
             if 1024 * warps <= block_k * rows

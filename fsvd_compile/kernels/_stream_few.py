@@ -300,7 +300,12 @@ def _stream_few(
         block = _turned(i, turn, count, ROTATE)
         _copy(W, W_END, ring, bars.index(i), block, i, row, which, K, K_up, COUNT, HALVES, TAIL)
 
-    OUT: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
+    # Before the last sum a thread has the shares of all warps that divide columns.
+    COLUMNS: gl.constexpr = num_warps if num_warps < PIECES else PIECES
+    MERGED: gl.constexpr = gl.BlockedLayout(
+        [COLUMNS, 1, 1], [1, 16, 2], [1, 1, num_warps], [1, 2, 0]
+    )
+    OUT: gl.constexpr = gl.SliceLayout(0, MERGED)
     rows = row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, OUT))
     m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, OUT))
     bias, bias_up = biases(BIAS, NB, rows, which, COUNT, GATED, HAS_BIAS)
@@ -356,16 +361,16 @@ def _stream_few(
             _copy(W, W_END, ring, bar, block, stage, row, which, K, K_up, COUNT, HALVES, TAIL)
             _copy(X, X_END, xs, bar, block, stage, token, which, K, K_up, INPUTS, X_HALVES, TAIL)
 
-    y = gl.convert_layout(gl.sum(acc, axis=0), OUT)
+    y = _merged(acc, MERGED)
     if NORM:
         mean = gl.convert_layout(_diagonal(squares, MMA), gl.SliceLayout(0, OUT)) / K
         y *= gl.rsqrt(mean + gl.cast(eps, gl.float32))[None, :]
     if CARRIED:
-        mean = gl.convert_layout(gl.sum(sums, axis=0), gl.SliceLayout(0, OUT)) / K
+        mean = gl.convert_layout(_added(sums, num_warps), gl.SliceLayout(0, OUT)) / K
         y *= gl.rsqrt(mean + gl.cast(eps, gl.float32))[None, :]
     y = activate(y + bias[:, None], ACT)
     if GATED:
-        y *= gl.convert_layout(gl.sum(up, axis=0), OUT) + bias_up[:, None]
+        y *= _merged(up, MERGED) + bias_up[:, None]
     y += res
     gl.store(Y + (column + rows)[:, None] + m[None, :] * stride_ym, y.to(dtype), mask=inside)
     if CARRY:
@@ -458,17 +463,47 @@ def _scale(NORM_W, K, FEATURES: gl.constexpr, PIECES: gl.constexpr, num_warps: g
 
 
 @jit
+def _merged(acc, MERGED: gl.constexpr):
+    """Sums over the pieces, `[rows, TOKENS]`: added within threads, as a reduction over warps takes longer.
+
+    A layer of LLaMA-7B at keep 0.5 takes 4.2 us less of 148 by it with 32 tokens, 2.2 of 81 with 8 (H200).
+    """
+    COLUMNS: gl.constexpr = MERGED.size_per_thread[0]
+    TURNS: gl.constexpr = acc.shape[0] // COLUMNS
+    if TURNS > 1:
+        acc = gl.sum(acc.reshape([TURNS, COLUMNS, acc.shape[1], acc.shape[2]]), axis=0)
+    return gl.sum(gl.convert_layout(acc, MERGED), axis=0)
+
+
+@jit
 def _sums(SUMS, SUMMED, token, M, TOKENS: gl.constexpr, num_warps: gl.constexpr):
-    """`[64, TOKENS]`: what is left to add of sums `[SUMMED, M]`."""
-    LANES: gl.constexpr = TOKENS if TOKENS < 32 else 32
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [num_warps, 1], [1, 0])
-    part = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT))
+    """Sums `[SUMMED, M]` as `[PARTS, TOKENS]`: a thread has 4 tokens of every `LANES * num_warps`-th part.
+
+    The first loads are no operands of an addition here, so that nothing waits for them before the product is done.
+    """
+    LANES: gl.constexpr = 128 // TOKENS
+    PARTS: gl.constexpr = 128 if LANES * num_warps < 128 else LANES * num_warps
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [LANES, 32 // LANES], [num_warps, 1], [1, 0])
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, FLAT))
     m = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, FLAT))
-    total = gl.zeros([64, TOKENS], gl.float32, layout=FLAT)
-    for first in range(0, SUMMED, 64):
-        some = (first + part < SUMMED)[:, None] & (m < M)[None, :]
-        total += gl.load(SUMS + (first + part)[:, None] * M + m[None, :], mask=some, other=0.0)
+    at = SUMS + part[:, None] * M + m[None, :]
+    some = (m < M)[None, :]
+    total = gl.load(at, mask=some & (part < SUMMED)[:, None], other=0.0)
+    for first in range(PARTS, SUMMED, PARTS):
+        left = some & (first + part < SUMMED)[:, None]
+        total += gl.load(at + first * M, mask=left, other=0.0)
     return total
+
+
+@jit
+def _added(sums, num_warps: gl.constexpr):
+    """`[TOKENS]`: the total of what `_sums` loads, the shares of warps added within threads."""
+    TOKENS: gl.constexpr = sums.shape[1]
+    LANES: gl.constexpr = 128 // TOKENS
+    TURNS: gl.constexpr = sums.shape[0] // (LANES * num_warps)
+    lanes = gl.sum(sums.reshape([TURNS, num_warps, LANES, TOKENS]), axis=0)
+    EACH: gl.constexpr = gl.BlockedLayout([num_warps, 1], [16, 2], [1, num_warps], [0, 1])
+    return gl.sum(gl.convert_layout(gl.sum(lanes, axis=1), EACH), axis=0)
 
 
 @jit

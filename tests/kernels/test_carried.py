@@ -223,6 +223,23 @@ class TestGpu:
         programs[:: block_r // 32] = True
         assert torch.equal(squares.any(1), programs) and self.launched == [tile]
 
+    @pytest.mark.parametrize("warps", (2, 8, 16))
+    @pytest.mark.parametrize("tokens", (8, 32))
+    def test_warps_share_the_sums(self, tokens, warps):
+        """Of more parts than a program holds at once."""
+        z, (w,), (v,) = (
+            made(tokens, 72),
+            gapped_weights((8200,), (72,)),
+            gapped_weights((64,), (8200,)),
+        )
+        y, scaled, squares = expand_rms_triton(z, w, None, 0)
+        tile = _tuning.Tile(64, 256, warps, tokens, 2)
+        with _tuning.forced(tile):
+            out = shrink_rms_triton(scaled, squares, [v], [None], EPS)
+        wanted = shrink_reference(y.float(), [v.float()], [None], "rms", norm_eps=EPS)
+        assert_close("z", out, wanted, 6e-3)
+        assert self.launched[-1] == tile
+
     def test_what_is_not_finite_stays_in_its_token(self):
         z, (w,), (v,) = (
             made(8, 264),
