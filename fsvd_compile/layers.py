@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes.graph import is_input, is_static, set_value, storage, val
+from fsvd_compile.passes.ops import name_of
 from fsvd_compile.passes.vocabulary import kind_of
 
 # Shorter runs are not worth a call of their own: the call costs about 20 us of Python on the host.
@@ -116,9 +117,11 @@ def cut(graph: Graph) -> list[Piece]:
     if bodies or any(n.target in ("item", torch.ops.aten.item.default) for n in calls):
         return [_piece(calls)]
     _bring_views_home(graph)
+    _take_every_result(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     runs = _runs(calls)
     pieces = [_piece(run) for run in runs]
+    _hand_out_as_twins_do(pieces)
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
     repeats = any(count > 1 for count in repeated.values())
     if not repeats or not all(p.binds_its_symbols() for p in pieces):
@@ -160,6 +163,36 @@ def _bring_views_home(graph: Graph) -> None:
     for node in list(graph.nodes):
         if kind_of(node) in ("t", "transpose", "reshape") and is_input(node.args[0]) and node.users:
             min(node.users).prepend(node)
+
+
+def _take_every_result(graph: Graph) -> None:
+    """Also the results of our ops that nobody reads, as of a last layer, so that it looks like the others."""
+    for node in list(graph.nodes):
+        results = node.meta.get("example_value")
+        if not name_of(node) or not isinstance(results, tuple):
+            continue
+        taken = {n.args[1]: n for n in node.users if n.target is operator.getitem}
+        last = node
+        for i, value in enumerate(results):
+            if i not in taken:
+                with graph.inserting_after(last):
+                    taken[i] = graph.call_function(operator.getitem, (node, i))
+                taken[i].meta = {**node.meta, "example_value": value}
+            last = taken[i]
+
+
+def _hand_out_as_twins_do(pieces: list[Piece]) -> None:
+    """A piece that differs from others only in handing out less hands out what they do."""
+    alike: dict[tuple, list[tuple[Piece, tuple]]] = {}
+    for piece in pieces:
+        body, layout, outputs = piece.signature()
+        alike.setdefault((body, layout), []).append((piece, outputs))
+    for twins in alike.values():
+        most = max((outputs for _, outputs in twins), key=len)
+        for piece, outputs in twins:
+            if set(outputs) < set(most):
+                place = {f"%{i}": n for i, n in enumerate((*piece.inputs, *piece.nodes))}
+                piece.outputs = [place[name] for name in most]
 
 
 def _piece(nodes: list[Node]) -> Piece:
@@ -239,10 +272,13 @@ class Program:
         last_read = {slots[n]: i for i, p in enumerate(pieces) for n in (*p.outputs, *p.inputs)}
         for i, (piece, function) in enumerate(zip(pieces, functions, strict=True)):
             reads = [slots[n] for n in piece.inputs]
+            writes = [slots[n] for n in piece.outputs]
             done = [
-                s for s in set(reads) if last_read[s] == i and s not in kept and s >= self._inputs
+                s
+                for s in {*reads, *writes}
+                if last_read[s] == i and s not in kept and s >= self._inputs
             ]
-            self.steps.append((function, reads, [slots[n] for n in piece.outputs], done))
+            self.steps.append((function, reads, writes, done))
 
     def __call__(self, *args: Any) -> Any:
         values: list[Any] = [*args, *([None] * (self._size - len(args)))]

@@ -71,6 +71,7 @@ class Rewritten:
 FUSIONS = (
     "lowrank_chain", "siblings", "gated_mlp", "activation", "norm_prologue", "residual", "rope_append", "attention",
     "decode_attention", "dense_siblings", "dense_linear", "carried_norm",
+    "carried_first", "carried_last",
 )  # fmt: skip
 
 

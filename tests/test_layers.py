@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from fsvd_compile import LowRankLinear, backend
 from fsvd_compile.kernels import _stream
+from fsvd_compile.layers import Program
 from fsvd_compile.passes import Context
 from fsvd_compile.report import collect
 
@@ -265,29 +266,109 @@ class Normed(nn.Module):
         return x + self.chain(self.norm(x))
 
 
-def test_a_norm_that_the_layer_before_carries(lowered, monkeypatch):
-    """Sums of squares cross the borders; the first layer and the last are others than those between."""
+@pytest.fixture
+def carried(lowered, monkeypatch):
+    """Norms are carried on a CPU, by torch ops."""
     monkeypatch.setattr(_stream, "usable", lambda x: x.element_size() == 2)
     monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
     monkeypatch.setattr(backend, "Context", lambda *given: Context("cuda", "ops"))
     monkeypatch.setattr(backend, "_kernels_compiled", lambda *a: contextlib.nullcontext())
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            blocks = [nn.Sequential(Normed(1024, 64), Normed(1024, 64)) for _ in range(5)]
-            self.blocks = nn.ModuleList(blocks)
 
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x.float().softmax(-1)
+class Blocks(nn.Module):
+    """Five layers of two branches; `head`: what comes behind them."""
 
-    model = Model().bfloat16().eval().requires_grad_(False)
-    x = torch.randn(5, 1024).bfloat16()
-    compiled = torch.compile(model, backend="flashsvd", options={"kernels": "ops"})
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        blocks = [nn.Sequential(Normed(1024, 64), Normed(1024, 64)) for _ in range(5)]
+        self.blocks, self.head = nn.ModuleList(blocks), head
+        self.bfloat16().eval().requires_grad_(False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("cuda_graphs", ("step", "layer"))
+@pytest.mark.parametrize(
+    "tokens,head,matches",
+    [
+        (5, nn.Softmax(-1), [9, 1, 1]),
+        # The last layer's own result is read by nobody then.
+        (5, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [10, 1, 0]),
+        (19, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [9, 1, 1]),
+    ],
+    ids=("no head", "head", "head of a library"),
+)
+def test_norms_that_layers_carry_for_each_other(carried, tokens, head, matches, cuda_graphs):
+    """Sums of squares cross the borders, and all layers are alike."""
+    model = Blocks(head)
+    x = torch.randn(tokens, 1024).bfloat16()
+    options = {"kernels": "ops", "cuda_graphs": cuda_graphs}
+    compiled = torch.compile(model, backend="flashsvd", options=options)
     with torch.no_grad(), collect() as reports:
         for _ in range(2):
             assert_close("model", compiled(x), copy.deepcopy(model).float()(x.float()), 2e-2)
-    assert reports[0].matches["carried_norm"] == 9
-    assert reports[0].layers == [1, 3, 1, 1]
+    found = [reports[0].matches.get(f"carried_{of}", 0) for of in ("norm", "first", "last")]
+    assert found == matches
+    assert reports[0].layers == [1, 5, 1]
+
+
+class WithInner(nn.Module):
+    """Returns what it computes, and a value on the way there."""
+
+    def __init__(self):
+        super().__init__()
+        self.chain = LowRankLinear(64, 64, 8)
+
+    def forward(self, x):
+        h = torch.sin(self.chain(x))
+        return torch.tanh(torch.cos(h) * 2 + x) - h, h
+
+
+class Kept(nn.Module):
+    """Values on the way are read behind some of its layers, or overwritten there."""
+
+    def __init__(self, kept: tuple[int, ...], write: bool = False):
+        super().__init__()
+        self.blocks = nn.ModuleList(WithInner() for _ in range(4))
+        self.kept, self.write = kept, write
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x, h = block(x)
+            found.append(h)
+        if self.write:
+            found[0].mul_(3)
+        return x, *(found[i] for i in self.kept)
+
+
+@pytest.mark.parametrize("kept", ((), (0, 2), (3,), (0, 1, 2, 3)), ids=str)
+@pytest.mark.parametrize("write", (False, True))
+def test_a_layer_that_hands_out_less_is_no_other(lowered, kept, write):
+    model, x = Kept(kept, write).eval().requires_grad_(False), torch.randn(3, 64)
+    compiled = torch.compile(model, backend="flashsvd", options={"kernels": "ops"})
+    with torch.no_grad(), collect() as reports:
+        for _ in range(2):
+            for actual, wanted in zip(compiled(x), model(x), strict=True):
+                assert_close("model", actual, wanted, 1e-5)
+    assert reports[0].layers == ([4, 1] if write and 0 in kept else [4])
+
+
+def test_what_is_handed_out_for_nobody_is_freed(lowered):
+    model, x = Kept((0,)).eval().requires_grad_(False), torch.randn(3, 64)
+    programs = []
+
+    def kept(*args):
+        programs.append(Program(*args))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(backend, "Program", kept)
+        torch.compile(model, backend="flashsvd", options={"kernels": "ops"})(x)
+    ((_, _, first, freed), *others) = programs[0].steps
+    assert len(first) == 2 and not set(first) & set(freed)  # the caller's, and the next layer's
+    for _, _, writes, done in others[:-1]:
+        assert len(set(writes) & set(done)) == 1

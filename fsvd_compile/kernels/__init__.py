@@ -18,6 +18,7 @@ from fsvd_compile.kernels.attention import attention_aten, attention_reference, 
 from fsvd_compile.kernels.carried import (
     expand_rms_aten,
     expand_rms_triton,
+    rms_operands,
     shrink_rms_aten,
     shrink_rms_triton,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "expand_rms_triton",
     "expand_triton",
     "mask_reach",
+    "rms_operands",
     "rope_append_aten",
     "rope_append_reference",
     "rope_append_triton",

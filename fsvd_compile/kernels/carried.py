@@ -64,11 +64,11 @@ def expand_rms_aten(
         FactorError: as in `expand_reference`, or the norm's weight does not fit.
     """
     y = expand.expand_aten(z, [weight], [bias], [offset], residual)
-    return _left(y, norm_weight, norm_offset)
+    return y, *rms_operands(y, norm_weight, norm_offset)
 
 
-def _left(y: Tensor, weight: Tensor | None, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y and what is to be left behind it, of torch ops."""
+def rms_operands(y: Tensor, weight: Tensor | None, offset: float) -> tuple[Tensor, Tensor]:
+    """What `shrink_rms` reads of a `y` that no expand returned, of torch ops: as `expand_rms` returns it."""
     _check_norm(y.shape[-1], weight)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     scaled = wide if weight is None else wide * (weight.to(wide.dtype) + offset)
@@ -76,7 +76,7 @@ def _left(y: Tensor, weight: Tensor | None, offset: float) -> tuple[Tensor, Tens
     squares = wide.square().float().reshape(tokens, y.shape[-1])
     squares = F.pad(squares, (0, parts * SUMMED_ROWS - y.shape[-1]))
     squares = squares.view(tokens, parts, SUMMED_ROWS).sum(-1).t().contiguous()
-    return y, scaled.to(y.dtype, copy=True), squares
+    return scaled.to(y.dtype, copy=True), squares
 
 
 def shrink_rms_aten(
@@ -230,9 +230,8 @@ def _cuda_expand(z, weight, bias, offset, residual, norm_weight, norm_offset):
         return expand_rms_triton(
             z, weight, bias, offset, residual, norm_weight, norm_offset, pdl=pdl
         )
-    return _left(
-        expand._cuda(z, [weight], [bias], [offset], residual, "none"), norm_weight, norm_offset
-    )
+    y = expand._cuda(z, [weight], [bias], [offset], residual, "none")
+    return y, *rms_operands(y, norm_weight, norm_offset)
 
 
 def _cuda_shrink(scaled, squares, weights, biases, norm_eps):

@@ -1,4 +1,8 @@
-"""RMSNorm between an expand and a shrink of a few tokens, carried by the two."""
+"""RMSNorm between an expand and a shrink of a few tokens, carried by the two.
+
+It crosses the border of two layers, so that a first layer reads less than the others and a last one leaves less: both
+are made like them, for layers that are alike are compiled once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from collections.abc import Iterator
 
 from torch.fx import Graph, Node
 
-from fsvd_compile.kernels import _triton
+from fsvd_compile.kernels import _triton, rms_operands
 from fsvd_compile.kernels._linear import carries
-from fsvd_compile.passes.graph import emit, val
+from fsvd_compile.passes.graph import emit, is_input, val
 from fsvd_compile.passes.ops import (
     Expand,
     ExpandRms,
@@ -17,10 +21,12 @@ from fsvd_compile.passes.ops import (
     ShrinkRms,
     as_launched,
     emit_op,
+    name_of,
     read,
 )
 from fsvd_compile.passes.pattern import Match
 from fsvd_compile.passes.rewrite import Context, Rewrite
+from fsvd_compile.passes.vocabulary import kind_of
 
 
 def _find_carried(graph: Graph) -> Iterator[Match]:
@@ -37,8 +43,8 @@ def _carried_guard(match: Match, context: Context) -> str | None:
     The norm's weight is read ahead: `norm_prologue` has seen that it may be.
     """
     shrink, expand = match["shrink"], match["expand"]
-    if context.device != "cuda" or context.kernels == "aten":
-        return f"on {context.device} with kernels={context.kernels!r} the norm is fused otherwise"
+    if (reason := _why_not_here(context)) is not None:
+        return reason
     if expand.activation != "none":
         return f"the expand ends in {expand.activation}"
     for op, x, arguments, offsets in (
@@ -55,6 +61,12 @@ def _carried_guard(match: Match, context: Context) -> str | None:
     return None
 
 
+def _why_not_here(context: Context) -> str | None:
+    if context.device != "cuda" or context.kernels == "aten":
+        return f"on {context.device} with kernels={context.kernels!r} the norm is fused otherwise"
+    return None
+
+
 def _carries(op: str, x: Node, weights: list[Node], offsets: list[int]) -> bool:
     launched = as_launched(x)
     if launched is None:
@@ -64,26 +76,131 @@ def _carries(op: str, x: Node, weights: list[Node], offsets: list[int]) -> bool:
 
 
 def _replace_carried(match: Match, graph: Graph) -> Node:
-    shrink, expand = match["shrink"], match["expand"]
-    y = shrink.x
+    shrink, y = match["shrink"], match["shrink"].x
+    norm = shrink.norm_weight, shrink.norm_offset
+    same, scaled, squares = _carrying(graph, y, match["expand"], *norm)
+    y.replace_all_uses_with(same)
+    graph.erase_node(y)
+    carried = ShrinkRms(scaled, squares, shrink.weights, shrink.biases, shrink.norm_eps)
+    return emit_op(graph, match.root, match.root, carried)
+
+
+def _find_first(graph: Graph) -> Iterator[Match]:
+    products = (n for n in graph.nodes if name_of(n) or kind_of(n) == "linear")
+    first = next(products, None)
+    shrink = read(first, Shrink) if first is not None else None
+    if shrink is None or shrink.norm != "rms":
+        return
+    shapes = [val(w).shape for w in shrink.weights]
+    for node in graph.nodes:
+        other = read(node, ShrinkRms)
+        if other is not None and [val(w).shape for w in other.weights] == shapes:
+            yield Match(first, {"shrink": shrink}, [])
+            return
+
+
+def _first_guard(match: Match, context: Context) -> str | None:
+    """Makes the first layer one like the others, which is not compiled by itself then.
+
+    What an expand leaves elsewhere comes from torch ops beside the embedding.
+    """
+    shrink, root = match["shrink"], match.root
+    if (reason := _why_not_here(context)) is not None:
+        return reason
+    if not _carries("shrink", shrink.x, shrink.weights, [0] * len(shrink.weights)):
+        return f"the shrink of {shrink.x.name} has no kernel that carries a norm"
+    behind = _behind(shrink.x)
+    for value, start in ((shrink.x, shrink.x), (shrink.norm_weight, behind)):
+        if value is None:
+            continue
+        if not value < behind:
+            return f"{value.name}, the norm's weight, is made behind {shrink.x.name}"
+        if (writer := match.memory.between(value, start, root)) is not None:
+            return f"{value.name} is written in place by {writer.name} before {root.name}"
+    return None
+
+
+def _behind(x: Node) -> Node:
+    """Where what is computed from x can stand first."""
+    node = x.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
+def _replace_first(match: Match, graph: Graph) -> Node:
+    shrink = match["shrink"]
+    x, before = shrink.x, _behind(shrink.x)
+    # An input's place in the model is where it is read first; what is made of it belongs to no layer.
+    like = graph.output_node() if is_input(x) else x
+    made = emit(graph, before, like, rms_operands, x, shrink.norm_weight, shrink.norm_offset)
+    scaled, squares = (emit(graph, before, like, operator.getitem, made, i) for i in range(2))
+    carried = ShrinkRms(scaled, squares, shrink.weights, shrink.biases, shrink.norm_eps)
+    return emit_op(graph, match.root, match.root, carried)
+
+
+def _carrying(
+    graph: Graph, y: Node, expand: Expand, weight: Node | None, offset: float
+) -> tuple[Node, Node, Node]:
+    """The results of an expand that carries a norm, in front of the one that does not, y."""
     op = ExpandRms(
         expand.z,
         expand.weights[0],
         expand.biases[0],
         expand.offsets[0],
         expand.residual,
-        shrink.norm_weight,
-        shrink.norm_offset,
+        weight,
+        offset,
     )
     left = emit_op(graph, y, y, op)
     same, scaled, squares = (emit(graph, y, y, operator.getitem, left, i) for i in range(3))
     # In the memory of the expand's own result, so that nothing changes for who reads it.
     same.meta["example_value"] = val(y)
     left.meta["example_value"] = val(y), val(scaled), val(squares)
-    y.replace_all_uses_with(same)
-    graph.erase_node(y)
-    carried = ShrinkRms(scaled, squares, shrink.weights, shrink.biases, shrink.norm_eps)
-    return emit_op(graph, match.root, match.root, carried)
+    return same, scaled, squares
+
+
+def _find_last(graph: Graph) -> Iterator[Match]:
+    last = next((n for n in reversed(graph.nodes) if name_of(n)), None)
+    expand = read(last, Expand) if last is not None else None
+    if expand is None or len(expand.weights) > 1:
+        return
+    for node in graph.nodes:
+        twin = read(node, ExpandRms)
+        if twin is not None and _looks(twin) == _looks(expand):
+            yield Match(last, {"expand": expand, "twin": twin}, [])
+            return
+
+
+def _looks(op: Expand | ExpandRms) -> tuple:
+    expand = isinstance(op, Expand)
+    weight, bias, offset = (
+        (op.weights[0], op.biases[0], op.offsets[0]) if expand else (op.weight, op.bias, op.offset)
+    )
+    return val(weight).shape, bias is None, offset, op.residual is None
+
+
+def _last_guard(match: Match, context: Context) -> str | None:
+    """Makes the last layer one like the others where no kernel carries the norm behind it; nobody reads what it leaves.
+
+    The layer is not compiled by itself then.
+    """
+    expand, weight = match["expand"], match["twin"].norm_weight
+    if (reason := _why_not_here(context)) is not None:
+        return reason
+    if expand.activation != "none":
+        return f"the expand ends in {expand.activation}"
+    if not _carries("expand", expand.z, expand.weights, expand.offsets):
+        return f"the expand of {expand.z.name} has no kernel that carries a norm"
+    if weight is not None and not is_input(weight):
+        return f"{weight.name}, a norm's weight, is computed"
+    return None
+
+
+def _replace_last(match: Match, graph: Graph) -> Node:
+    twin = match["twin"]
+    norm = twin.norm_weight, twin.norm_offset
+    return _carrying(graph, match.root, match["expand"], *norm)[0]
 
 
 CARRIED: tuple[Rewrite, ...] = (
@@ -93,6 +210,22 @@ CARRIED: tuple[Rewrite, ...] = (
         _find_carried,
         _replace_carried,
         _carried_guard,
+        quiet=True,
+    ),
+    Rewrite(
+        "carried_first",
+        "the norm in front of the first layer -> what the others get from the layer before, of torch ops",
+        _find_first,
+        _replace_first,
+        _first_guard,
+        quiet=True,
+    ),
+    Rewrite(
+        "carried_last",
+        "the expand of the last layer, which carries no norm -> one that leaves what the others do, for nobody",
+        _find_last,
+        _replace_last,
+        _last_guard,
         quiet=True,
     ),
 )

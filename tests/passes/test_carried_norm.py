@@ -9,7 +9,7 @@ import torch
 from harness import rewrite
 from torch import nn
 
-from fsvd_compile.kernels import _stream
+from fsvd_compile.kernels import _stream, rms_operands
 
 K, R, TOKENS = 1024, 256, 17
 
@@ -58,7 +58,8 @@ def run(fn, *args, **kwargs):
 @pytest.mark.parametrize("shape", [(TOKENS, K), (3, 1, K), (32, 1, K)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_between_two_branches(shape, bias):
-    result = run(Layers(norm=Norm, bias=bias), given(*shape))
+    alone = {"disable": ("carried_first", "carried_last")}
+    result = run(Layers(norm=Norm, bias=bias), given(*shape), **alone)
     assert result.only("carried_norm", "norm_prologue") == {"carried_norm": 1, "norm_prologue": 2}
     # The first norm has no expand in front of it.
     assert [result.after[f"fsvd.{op}"] for op in ("expand_rms", "shrink_rms")] == [1, 1]
@@ -88,8 +89,10 @@ def test_gemma_adds_one_and_a_norm_without_weight():
 
     result = run(Layers(norm=Gemma), given(TOKENS, K))
     assert result.only("carried_norm") == {"carried_norm": 1}
-    (expand,) = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand_rms.default]
-    assert expand.args[6] == 1.0
+    expands = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand_rms.default]
+    assert [n.args[6] for n in expands] == [1.0, 1.0]
+    (first,) = [n for n in result.graph.nodes if n.target is rms_operands]
+    assert first.args[2] == 1.0
 
     plain = run(
         Layers(norm=lambda k: nn.RMSNorm(k, 1e-6, elementwise_affine=False)), given(TOKENS, K)
@@ -232,6 +235,109 @@ def test_an_fp32_weight_and_a_result_that_is_written_behind():
     assert result.only("carried_norm") == {"carried_norm": 1}
 
 
+def test_the_first_layer_and_the_last_are_like_the_others():
+    """What expands leave elsewhere comes from torch ops for the first, and is left for nobody by the last."""
+    result = run(Layers(norm=Norm), given(TOKENS, K))
+    assert result.only("carried_first", "carried_last") == {"carried_first": 1, "carried_last": 1}
+    assert [result.after[f"fsvd.{op}"] for op in ("expand_rms", "shrink_rms")] == [2, 2]
+    assert not result.after.keys() & {"fsvd.expand", "fsvd.shrink"}
+    nodes = list(result.graph.nodes)
+    calls = [n for n in nodes if n.op == "call_function"]
+    (made,) = [n for n in nodes if n.target is rms_operands]
+    assert calls[0] is made and not made.meta.get("nn_module_stack")
+    first, second = (n for n in nodes if n.target is torch.ops.fsvd.shrink_rms.default)
+    assert [n.args for n in first.args[:2]] == [(made, 0), (made, 1)]
+    before, last = (n for n in nodes if n.target is torch.ops.fsvd.expand_rms.default)
+    assert before.args[5:] == last.args[5:]  # the norm of a twin
+    (read,) = last.users
+    assert read.args[1] == 0 and {u.op for u in read.users} == {"output"}
+    assert second.args[0].args == (before, 1)
+
+
+def first_and_last(fn, *args, **options):
+    return run(fn, *args, **options).only("carried_first", "carried_last")
+
+
+class Embedded(Layers):
+    def __init__(self):
+        super().__init__(norm=Norm)
+        self.tokens = nn.Embedding(50, K).bfloat16()
+
+    def forward(self, ids):
+        return super().forward(self.tokens(ids))
+
+
+def test_the_first_layer_behind_an_embedding():
+    result = run(Embedded(), torch.arange(TOKENS))
+    assert result.only("carried_first", "carried_last") == {"carried_first": 1, "carried_last": 1}
+    (made,) = [n for n in result.graph.nodes if n.target is rms_operands]
+    assert made.prev is made.args[0]
+    assert list(made.meta["nn_module_stack"].values())[-1][0].endswith("tokens")
+
+
+class Behind(Layers):
+    """A dense product in front of the first norm, an activation behind the last expand."""
+
+    def __init__(self):
+        super().__init__(norm=Norm)
+        self.dense = nn.Linear(K, K, bias=False).bfloat16()
+
+    def forward(self, x):
+        x = self.dense(x)
+        x = x + self.first(self.norms[0](x))
+        return nn.functional.silu(self.second(self.norms[1](x)))
+
+
+class Others(Layers):
+    """A first shrink and a last expand like no other."""
+
+    def __init__(self):
+        super().__init__(norm=Norm)
+        self.first, self.second = Chain(rank=R + 8).bfloat16(), Chain(rows=K + 8).bfloat16()
+
+    def forward(self, x):
+        x = x + self.first(self.norms[0](x))
+        return self.second(self.norms[1](x))
+
+
+class Overwritten(Layers):
+    """The embedding is changed in place once it has been read."""
+
+    def forward(self, x, y):
+        z = x * 1
+        w = z.view(-1)
+        w[:5].copy_(y)
+        x = z + self.first(self.norms[0](z))
+        return x + self.second(self.norms[1](x))
+
+
+@pytest.mark.parametrize("fn", (Behind(), Others()), ids=("products around", "no twins"))
+def test_layers_that_are_no_first_and_no_last(fn):
+    result = run(fn, given(TOKENS, K))
+    assert result.only("carried_norm") == {"carried_norm": 1}
+    assert not result.only("carried_first", "carried_last")
+
+
+def test_a_first_value_that_is_written_in_between():
+    assert first_and_last(Overwritten(norm=Norm), given(TOKENS, K), given(5)) == {"carried_last": 1}
+
+
+def test_a_first_norm_whose_weight_is_made_behind():
+    class First(Viewed):
+        def forward(self, x):
+            x = x + self.first(nn.functional.rms_norm(x, (K,), self.weight.view(-1) * 2, 1e-6))
+            return x + self.second(nn.functional.rms_norm(x, (K,), self.weight[0], 1e-6))
+
+    assert not first_and_last(First(), given(TOKENS, K)).get("carried_first")
+
+
+@pytest.mark.parametrize("name", ("carried_first", "carried_last"))
+def test_one_end_disabled(name):
+    found = first_and_last(Layers(norm=Norm), given(TOKENS, K), disable=(name,))
+    assert list(found) == [n for n in ("carried_first", "carried_last") if n != name]
+
+
 def test_disabled():
     result = run(Layers(norm=Norm), given(TOKENS, K), disable=("carried_norm",))
-    assert not result.only("carried_norm") and result.after["fsvd.shrink"] == 2
+    assert not result.only("carried_norm", "carried_first", "carried_last")
+    assert result.after["fsvd.shrink"] == 2
