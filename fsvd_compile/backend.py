@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
-from fsvd_compile.kernels import attention_aten, decode_attention_aten
+from fsvd_compile.kernels import attention_aten, decode_attention_aten, rms_operands
 from fsvd_compile.kernels.ahead import compiling_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run
@@ -363,6 +363,8 @@ def _weights(node: torch.fx.Node) -> list[Any]:
         return [expand.weight, expand.bias, expand.norm_weight]
     if (shrink := read(node, ShrinkRms)) is not None:
         return [*shrink.weights, *shrink.biases]
+    if node.target is rms_operands:
+        return [node.args[1]]
     if kind_of(node) in ("linear", "layer_norm", "rms_norm") and (given := arguments(node)):
         return [given["weight"], given.get("bias")]
     return []

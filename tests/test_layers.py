@@ -298,13 +298,15 @@ class Blocks(nn.Module):
         # The last layer's own result is read by nobody then.
         (5, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [10, 1, 0]),
         (19, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [9, 1, 1]),
+        (5, "twofold", [9, 1, 1]),
     ],
-    ids=("no head", "head", "head of a library"),
+    ids=("no head", "head", "head of a library", "a norm read twice"),
 )
 def test_norms_that_layers_carry_for_each_other(carried, tokens, head, matches, cuda_graphs):
     """Sums of squares cross the borders, and all layers are alike."""
-    model = Blocks(head)
+    model = Blocks(Twofold() if head == "twofold" else head)
     x = torch.randn(tokens, 1024).bfloat16()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     options = {"kernels": "ops", "cuda_graphs": cuda_graphs}
     compiled = torch.compile(model, backend="flashsvd", options=options)
     with torch.no_grad(), collect() as reports:
@@ -313,6 +315,20 @@ def test_norms_that_layers_carry_for_each_other(carried, tokens, head, matches, 
     found = [reports[0].matches.get(f"carried_{of}", 0) for of in ("norm", "first", "last")]
     assert found == matches
     assert reports[0].layers == [1, 5, 1]
+    # Of the last twin's norm weight a second time nothing is new.
+    assert reports[0].weight_bytes == weights
+
+
+class Twofold(nn.Module):
+    """A head behind a norm that the model returns as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return torch.cat((self.head(x), x), -1)
 
 
 class WithInner(nn.Module):

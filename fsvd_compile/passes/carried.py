@@ -91,12 +91,16 @@ def _find_first(graph: Graph) -> Iterator[Match]:
     shrink = read(first, Shrink) if first is not None else None
     if shrink is None or shrink.norm != "rms":
         return
-    shapes = [val(w).shape for w in shrink.weights]
     for node in graph.nodes:
-        other = read(node, ShrinkRms)
-        if other is not None and [val(w).shape for w in other.weights] == shapes:
-            yield Match(first, {"shrink": shrink}, [])
+        twin = read(node, ShrinkRms)
+        if twin is not None and _shrinks_like(twin) == _shrinks_like(shrink):
+            yield Match(first, {"shrink": shrink, "twin": twin}, [])
             return
+
+
+def _shrinks_like(op: Shrink | ShrinkRms) -> tuple:
+    weights = [(val(w).shape, val(w).device) for w in op.weights]
+    return weights, [b is None for b in op.biases], op.norm_eps
 
 
 def _first_guard(match: Match, context: Context) -> str | None:
@@ -109,6 +113,8 @@ def _first_guard(match: Match, context: Context) -> str | None:
         return reason
     if not _carries("shrink", shrink.x, shrink.weights, [0] * len(shrink.weights)):
         return f"the shrink of {shrink.x.name} has no kernel that carries a norm"
+    if val(shrink.x).stride() != val(match["twin"].scaled).stride():
+        return f"{shrink.x.name} lies in memory as no expand returns it, so that its layer is like no other"
     behind = _behind(shrink.x)
     for value, start in ((shrink.x, shrink.x), (shrink.norm_weight, behind)):
         if value is None:
@@ -161,23 +167,24 @@ def _carrying(
 
 
 def _find_last(graph: Graph) -> Iterator[Match]:
-    last = next((n for n in reversed(graph.nodes) if name_of(n)), None)
+    expands = (n for n in reversed(graph.nodes) if read(n, Expand) or read(n, ExpandRms))
+    last = next(expands, None)
     expand = read(last, Expand) if last is not None else None
     if expand is None or len(expand.weights) > 1:
         return
     for node in graph.nodes:
         twin = read(node, ExpandRms)
-        if twin is not None and _looks(twin) == _looks(expand):
+        if twin is not None and _expands_like(twin) == _expands_like(expand):
             yield Match(last, {"expand": expand, "twin": twin}, [])
             return
 
 
-def _looks(op: Expand | ExpandRms) -> tuple:
+def _expands_like(op: Expand | ExpandRms) -> tuple:
     expand = isinstance(op, Expand)
     weight, bias, offset = (
         (op.weights[0], op.biases[0], op.offsets[0]) if expand else (op.weight, op.bias, op.offset)
     )
-    return val(weight).shape, bias is None, offset, op.residual is None
+    return val(weight).shape, val(weight).device, bias is None, offset, op.residual is None
 
 
 def _last_guard(match: Match, context: Context) -> str | None:

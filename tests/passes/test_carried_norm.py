@@ -10,6 +10,8 @@ from harness import rewrite
 from torch import nn
 
 from fsvd_compile.kernels import _stream, rms_operands
+from fsvd_compile.passes.carried import _expands_like
+from fsvd_compile.passes.ops import ExpandRms, read
 
 K, R, TOKENS = 1024, 256, 17
 
@@ -309,6 +311,30 @@ class Overwritten(Layers):
         w[:5].copy_(y)
         x = z + self.first(self.norms[0](z))
         return x + self.second(self.norms[1](x))
+
+
+class OtherNorm(Layers):
+    """A first norm with another epsilon."""
+
+    def __init__(self):
+        super().__init__(norm=Norm)
+        self.norms[0].eps = 1e-3
+
+
+def test_a_first_layer_that_cannot_be_like_the_others():
+    assert first_and_last(OtherNorm(), given(TOKENS, K)) == {"carried_last": 1}
+    beside = given(TOKENS, 2, K)[:, 1]  # its rows do not follow one another
+    assert first_and_last(Layers(norm=Norm), beside) == {"carried_last": 1}
+
+
+def test_twins_are_on_one_device():
+    """Devices count, as the last expand reads the norm's weight of its twin."""
+    result = run(Layers(norm=Norm), given(TOKENS, K))
+    nodes = [n for n in result.graph.nodes if n.target is torch.ops.fsvd.expand_rms.default]
+    (one, other), weight = (read(n, ExpandRms) for n in nodes), nodes[0].args[1]
+    assert _expands_like(one) == _expands_like(other)
+    weight.meta["example_value"] = weight.meta["example_value"].to("meta")
+    assert _expands_like(one) != _expands_like(other)
 
 
 @pytest.mark.parametrize("fn", (Behind(), Others()), ids=("products around", "no twins"))
