@@ -301,9 +301,8 @@ def _stream_few(
         _copy(W, W_END, ring, bars.index(i), block, i, row, which, K, K_up, COUNT, HALVES, TAIL)
 
     # Before the last sum a thread has the shares of all warps that divide columns.
-    COLUMNS: gl.constexpr = num_warps if num_warps < PIECES else PIECES
     MERGED: gl.constexpr = gl.BlockedLayout(
-        [COLUMNS, 1, 1], [1, 16, 2], [1, 1, num_warps], [1, 2, 0]
+        [MMA.warps_per_cta[0], 1, 1], [1, 16, 2], [1, 1, num_warps], [1, 2, 0]
     )
     OUT: gl.constexpr = gl.SliceLayout(0, MERGED)
     rows = row + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, OUT))

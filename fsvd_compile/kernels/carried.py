@@ -68,7 +68,19 @@ def expand_rms_aten(
 
 
 def rms_operands(y: Tensor, weight: Tensor | None, offset: float) -> tuple[Tensor, Tensor]:
-    """What `shrink_rms` reads of a `y` that no expand returned, of torch ops: as `expand_rms` returns it."""
+    """What `shrink_rms` reads of a `y` that no expand returned, of torch ops.
+
+    Args:
+        y: `[..., n]`.
+        weight: `[n]`, the norm's; None multiplies by 1.
+        offset: Added to it.
+
+    Returns:
+        The second and the third result of `expand_rms` of this y.
+
+    Raises:
+        FactorError: the norm's weight does not fit.
+    """
     _check_norm(y.shape[-1], weight)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))
     scaled = wide if weight is None else wide * (weight.to(wide.dtype) + offset)

@@ -7,7 +7,8 @@ are made like them, for layers that are alike are compiled once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -91,11 +92,14 @@ def _find_first(graph: Graph) -> Iterator[Match]:
     shrink = read(first, Shrink) if first is not None else None
     if shrink is None or shrink.norm != "rms":
         return
-    for node in graph.nodes:
-        twin = read(node, ShrinkRms)
-        if twin is not None and _shrinks_like(twin) == _shrinks_like(shrink):
-            yield Match(first, {"shrink": shrink, "twin": twin}, [])
-            return
+    if (twin := _twin(graph, ShrinkRms, _shrinks_like, shrink)) is not None:
+        yield Match(first, {"shrink": shrink, "twin": twin}, [])
+
+
+def _twin(graph: Graph, kind: type, looks: Callable, op: Shrink | Expand) -> Any:
+    """The first of the ops that carry a norm which looks like one that does not."""
+    carrying = (read(node, kind) for node in graph.nodes)
+    return next((t for t in carrying if t is not None and looks(t) == looks(op)), None)
 
 
 def _shrinks_like(op: Shrink | ShrinkRms) -> tuple:
@@ -108,21 +112,20 @@ def _first_guard(match: Match, context: Context) -> str | None:
 
     What an expand leaves elsewhere comes from torch ops beside the embedding.
     """
-    shrink, root = match["shrink"], match.root
+    shrink, x, weight = match["shrink"], match["shrink"].x, match["shrink"].norm_weight
     if (reason := _why_not_here(context)) is not None:
         return reason
-    if not _carries("shrink", shrink.x, shrink.weights, [0] * len(shrink.weights)):
-        return f"the shrink of {shrink.x.name} has no kernel that carries a norm"
-    if val(shrink.x).stride() != val(match["twin"].scaled).stride():
-        return f"{shrink.x.name} lies in memory as no expand returns it, so that its layer is like no other"
-    behind = _behind(shrink.x)
-    for value, start in ((shrink.x, shrink.x), (shrink.norm_weight, behind)):
-        if value is None:
-            continue
-        if not value < behind:
-            return f"{value.name}, the norm's weight, is made behind {shrink.x.name}"
-        if (writer := match.memory.between(value, start, root)) is not None:
-            return f"{value.name} is written in place by {writer.name} before {root.name}"
+    if not _carries("shrink", x, shrink.weights, [0] * len(shrink.weights)):
+        return f"the shrink of {x.name} has no kernel that carries a norm"
+    if val(x).stride() != val(match["twin"].scaled).stride():
+        return (
+            f"{x.name} lies in memory as no expand returns it, so that its layer is like no other"
+        )
+    if weight is not None and not weight < _behind(x):
+        return f"{weight.name}, the norm's weight, is made behind {x.name}"
+    for value in (x,) if weight is None else (x, weight):
+        if (writer := match.memory.between(value, x, match.root)) is not None:
+            return f"{value.name} is written in place by {writer.name} before {match.root.name}"
     return None
 
 
@@ -172,11 +175,8 @@ def _find_last(graph: Graph) -> Iterator[Match]:
     expand = read(last, Expand) if last is not None else None
     if expand is None or len(expand.weights) > 1:
         return
-    for node in graph.nodes:
-        twin = read(node, ExpandRms)
-        if twin is not None and _expands_like(twin) == _expands_like(expand):
-            yield Match(last, {"expand": expand, "twin": twin}, [])
-            return
+    if (twin := _twin(graph, ExpandRms, _expands_like, expand)) is not None:
+        yield Match(last, {"expand": expand, "twin": twin}, [])
 
 
 def _expands_like(op: Expand | ExpandRms) -> tuple:
