@@ -145,7 +145,6 @@ def launch(
     pieces, count = block_k // PIECE, cdiv(longest + most_shift, block_k)
     smem = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     maps = [_map(w, step, [tile.block_r, pieces, PIECE], smem) for w in weights]
-    maps += maps[:1] * (4 - len(maps))
     offset_unit = math.gcd(8, *shared["OFFSETS"])
     first, second, third = parts(count, shared["NORM"] != "none")
     taken = (
@@ -159,7 +158,7 @@ def launch(
         x.device,
         pdl,
         **{name: shared[name] for name in taken},
-        **{f"W{i}": m for i, m in enumerate(maps)},
+        **named("W", maps),
         OFFSETS=tuple(start // offset_unit for start in shared["OFFSETS"]),
         OFFSET_UNIT=offset_unit,
         STEP=step,
@@ -175,6 +174,11 @@ def launch(
         EDGE=(shortest - 1) // block_k,
         LAYOUT=gl.BlockedLayout([1, 1, 8], [1, 4, 8], [tile.num_warps, 1, 1], [2, 1, 0]),
     )
+
+
+def named(name: str, maps: list) -> dict:
+    """Kernel arguments, for Triton takes no tuples of tensor maps; None for those that are not there."""
+    return {f"{name}{i}": maps[i] if i < len(maps) else None for i in range(4)}
 
 
 def _map(w: Tensor, step: int, block: list[int], layout):

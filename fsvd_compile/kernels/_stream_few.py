@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fsvd_compile.kernels import _stream, _triton
-from fsvd_compile.kernels._stream import PIECE, biases, jit
+from fsvd_compile.kernels._stream import PIECE, biases, jit, named
 from fsvd_compile.kernels._triton import activate, cdiv, locate, next_power_of_2, pick_size
 
 if _stream.gluon is not None:
@@ -149,8 +149,8 @@ def launch(
     x_rows = max(tile.block_m, MOST_NORMED) if normed else tile.block_m
     maps = [_blocks(w, tile.block_r, pieces, smem) for w in weights]
     x_maps = [_blocks(z, x_rows, pieces, smem) for z in inputs]
-    ends = [_pieces(w, tile.block_r, smem) for w in weights] if tail else maps
-    x_ends = [_pieces(z, x_rows, smem) for z in inputs] if tail else x_maps
+    ends = [_pieces(w, tile.block_r, smem) for w in weights] if tail else []
+    x_ends = [_pieces(z, x_rows, smem) for z in inputs] if tail else []
     taken = (
         "Y", "BIAS", "RES", "N", "NB", "KS", "M", "stride_ym", "stride_rm", "stride_rn",
         "COUNT", "ALIGN", "ACT", "GATED", "HAS_BIAS", "HAS_RES", "num_warps",
@@ -162,10 +162,10 @@ def launch(
         x.device,
         pdl,
         **{name: shared[name] for name in taken},
-        **_named("W", maps),
-        **_named("X", x_maps),
-        **_named("WE", ends),
-        **_named("XE", x_ends),
+        **named("W", maps),
+        **named("X", x_maps),
+        **named("WE", ends),
+        **named("XE", x_ends),
         NORM=normed,
         NORM_W=carry.weight if carry is not None and weighted else shared["NORM_W"],
         HAS_NORM_W=weighted,
@@ -191,11 +191,6 @@ def launch(
             instr_shape=[1, 16, 8],
         ),
     )
-
-
-def _named(name: str, maps: list) -> dict:
-    """Kernel arguments, for Triton takes no tuples of tensor maps; the first stands in for those that are not there."""
-    return {f"{name}{i}": maps[i] if i < len(maps) else maps[0] for i in range(4)}
 
 
 def _blocks(t: Tensor, rows: int, pieces: int, layout):
