@@ -25,6 +25,10 @@ class DeviceError(FlashSVDError, RuntimeError):
     """A device, driver or compiler that was asked for is not there."""
 
 
+class VersionError(FlashSVDError, ImportError):
+    """A package is there in a version that lacks what was asked for."""
+
+
 class TableError(FlashSVDError, ValueError):
     """A table of tile sizes is not what `fsvd-compile tune` writes."""
 

@@ -13,7 +13,9 @@ import contextlib
 import functools
 import inspect
 import logging
+import re
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from fsvd_compile import cuda_graph, kept_cache
+from fsvd_compile.errors import VersionError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,17 @@ _MODES = ("greedy_search", "sample")
 # Graphs of one model: two for each batch size and length of the KV cache. Dynamo's limit of 8 is reached by four,
 # and everything after it runs uncompiled; transformers raises it to 64 for chunked prompts, too.
 MOST_GRAPHS = 64
+# The first transformers whose `generate` says which KV cache is the caller's, and what else `decode_loop` calls there
+# without a promise that it stays.
+SINCE = (5, 17)
+_CALLED = (
+    "_prefill",
+    "_optimize_model_for_decode",
+    "_update_model_kwargs_for_generation",
+    "_valid_auto_compile_criteria",
+    "_get_static_cache_init_shape",
+    "get_compiled_call",
+)
 
 # How many calls of `generate` a model is in, from all threads: the last one restores it.
 _running: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -82,11 +96,40 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
     return wrapped
 
 
-def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict[str, Callable]:
-    """`custom_generate=decode_loop` where `generate` is transformers' and would run its sampling loop."""
+def _why_no_loop(model: Any) -> str | None:
+    """Why `decode_loop` does not go with the transformers that is installed, or None."""
+    from transformers import __version__ as version
+
+    first = ".".join(map(str, SINCE))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < SINCE:
+        return f"ours needs transformers {first} or later, and {version} is installed"
+    missing = [name for name in _CALLED if not hasattr(model, name)]
+    if missing:
+        named = f"{type(model).__name__} of transformers {version} has no {', '.join(missing)}"
+        return f"{named}, which ours calls; transformers {first} has"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """More arguments of `generate`: `custom_generate=decode_loop` where it is transformers' and would run its
+    sampling loop."""
     parameters = inspect.signature(generate).parameters
     if "custom_generate" not in parameters or not hasattr(model, "_sample"):
         return {}
+    if (reason := _why_no_loop(model)) is not None:
+        _warn_once(
+            f"generate runs transformers' own loop, which waits for the device in every step: {reason}."
+        )
+        # It would compile the steps of a static cache itself, with Inductor.
+        known = (
+            hasattr(model.generation_config, "disable_compile") and "disable_compile" not in kwargs
+        )
+        return {"disable_compile": True} if known else {}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         given = inspect.signature(generate).bind(*args, **kwargs).arguments
@@ -138,7 +181,12 @@ def decode_loop(
 
     Returns:
         int64 `[batch, length + new]`, or what transformers' loop returns.
+
+    Raises:
+        VersionError: the transformers that is installed lacks what the loop calls.
     """
+    if (reason := _why_no_loop(model)) is not None:
+        raise VersionError(f"decode_loop: {reason}. Leave custom_generate out.")
     config = generation_config
     if _shows_cache(model, config, model_kwargs):
         log.info("generate returns more than tokens: transformers' own loop runs")
@@ -152,10 +200,11 @@ def decode_loop(
         )
     limit = stopping_criteria.max_length
     compiled = model._compiled_call_impl is not None
-    if (given := model_kwargs.get("past_key_values")) is not None:
+    cache = kept_cache.name_in(model_kwargs)
+    if (given := model_kwargs.get(cache)) is not None:
         # A prompt of embeddings has a length that the limit does not count; chunks go through another call.
         plain = model_kwargs.get("inputs_embeds") is None and config.prefill_chunk_size is None
-        model_kwargs["past_key_values"] = kept_cache.take(
+        model_kwargs[cache] = kept_cache.take(
             model,
             given,
             input_ids,
@@ -170,7 +219,7 @@ def decode_loop(
     results = _Results(input_ids.device, streamer)
     processed = _processed(logits_processor)
     # The prompt runs once a call, on a cache that the next call gets as well.
-    kept = kept_cache.is_ours(model_kwargs.get("past_key_values"))
+    kept = kept_cache.is_ours(model_kwargs.get(cache))
     with cuda_graph.returning_addresses() if kept else contextlib.nullcontext():
         outputs = model._prefill(
             input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
@@ -195,7 +244,7 @@ def decode_loop(
                 break
             outputs = forward(**step.inputs(input_ids, model_kwargs), return_dict=True)
     results.finished_before()  # the streamer gets what is still coming
-    kept_cache.keep(model, model_kwargs.get("past_key_values"))
+    kept_cache.keep(model, model_kwargs.get(cache))
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -247,7 +296,7 @@ class _Step:
             all(_is_of(GenerationMixin, model, name) for name in own)
             and not hasattr(model, "create_masks_for_generate")
             and kept_cache.plain_masks(model)
-            and kept_cache.is_ours(model_kwargs.get("past_key_values"))
+            and kept_cache.is_ours(model_kwargs.get(kept_cache.name_in(model_kwargs)))
             and model_kwargs.get("inputs_embeds") is None
         )
         self._given: Any = None  # as the model takes it: the mask, or the one of a dict

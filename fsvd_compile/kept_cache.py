@@ -9,9 +9,11 @@ from a short list, which Dynamo takes for constants, and a model's last one wait
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 import weakref
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +47,16 @@ def rounded(length: int) -> int:
     if length > COARSEST:
         return -(-length // COARSEST) * COARSEST
     return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def argument(model: Any) -> str:
+    """What the forward of a transformers model calls its KV cache, see `name_in`."""
+    return name_in(inspect.signature(model.forward).parameters)
+
+
+def name_in(arguments: Container[str]) -> str:
+    """What arguments of a forward call the KV cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def take(
@@ -149,7 +161,9 @@ def _made(model: Any, layout: _Layout, input_ids: torch.Tensor) -> Any:
 
     cache = StaticCache(model.config.get_text_config(decoder=True), max_cache_len=layout.length)
     try:
-        model.forward(input_ids=input_ids[:, :1].clone(), past_key_values=cache, use_cache=True)
+        model.forward(
+            input_ids=input_ids[:, :1].clone(), use_cache=True, **{argument(model): cache}
+        )
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         log.warning(
             "generate keeps transformers' own KV cache: one token in a static one: %s", error

@@ -303,7 +303,8 @@ def _dtype(value: torch.Tensor) -> str:
 
 
 def _input_name(name: str) -> str:
-    name = name.removeprefix("l_").strip("_")
+    # Up to torch 2.13 "L_", then with the place of the model among the arguments.
+    name = re.sub("^l_(args_0_)?", "", name).strip("_")
     name = re.sub(r"_?(modules|parameters|buffers)_", ".", name)
     return name.removeprefix("self").strip(".")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -19,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fsvd_compile import generate
+from fsvd_compile.errors import VersionError
 from fsvd_compile.generate import _processed, decode_loop
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -354,6 +357,42 @@ def test_what_shows_the_cache_is_left_to_transformers(model, monkeypatch):
     lengths = [int(c.get_seq_length()) for c in caches]
     assert lengths[0] == lengths[1]
     assert len(taken) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("__version__", "5.17 or later, and 5.12.1 is installed"),
+        ("get_compiled_call", "LlamaForCausalLM of .* has no get_compiled_call"),
+    ],
+)
+def test_with_another_transformers_its_own_loop_runs(model, calls, monkeypatch, name, words):
+    ids = prompts(model)
+    expected = model.generate(ids, **settings(model))
+    if name == "__version__":
+        # The module that an import finds now; the one found first was replaced by its lazy twin.
+        monkeypatch.setattr(sys.modules["transformers"], name, "5.12.1")
+    else:
+        monkeypatch.delattr(transformers.PreTrainedModel, name)
+    generate._warn_once.cache_clear()
+    seen = []
+    plain = type(model)._sample
+
+    def sample(self, *args, generation_config, **kwargs):
+        seen.append(generation_config.disable_compile)
+        return plain(self, *args, generation_config=generation_config, **kwargs)
+
+    monkeypatch.setattr(type(model), "_sample", sample)
+    fast = compiled(model)
+    with pytest.warns(UserWarning, match=words):
+        assert torch.equal(fast.generate(ids, **settings(model)), expected)
+    # As far as it is ours to say; the compiled model is what runs, and Inductor would compile it once more.
+    assert seen == [True]
+    assert torch.equal(fast.generate(ids, **settings(model), disable_compile=False), expected)
+    assert seen == [True, False]
+    assert not calls
+    with pytest.raises(VersionError, match=words):
+        model.generate(ids, **settings(model), custom_generate=decode_loop)
 
 
 def test_bad_arguments_are_told_by_transformers(model):

@@ -26,6 +26,7 @@ from fsvd_compile.bench.stopwatch import Row, listed, measure
 from fsvd_compile.errors import BenchError, WrongResultError
 from fsvd_compile.factorize.select import check_keep, oriented_weight, select_targets
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.kept_cache import argument
 from fsvd_compile.table import aligned
 
 # Arguments of transformers' LlamaConfig.
@@ -293,7 +294,7 @@ class Subject:
     def step(self, peer: Peer) -> Callable[[], torch.Tensor]:
         """A decode step as a callable without arguments that returns logits `[batch, 1, vocab]`."""
         forward = torch.compile(self.model, dynamic=False, **peer.how) if peer.how else self.model
-        return functools.partial(_logits, forward, self.token, self.cache)
+        return functools.partial(_logits, forward, self.token, {argument(self.model): self.cache})
 
     def rewind(self) -> None:
         for layer in self.cache.layers:
@@ -345,12 +346,13 @@ class Subject:
             layer.keys, layer.values = layer.keys.float(), layer.values.float()
             layer.dtype = torch.float32
             layer.cumulative_length = torch.full_like(layer.cumulative_length, self.context)
-        return torch.stack([_logits(wide, self.token, cache) for _ in range(FIRST)])
+        given = {argument(wide): cache}
+        return torch.stack([_logits(wide, self.token, given) for _ in range(FIRST)])
 
 
 @torch.no_grad()
-def _logits(forward: Callable, token: torch.Tensor, cache: Any) -> torch.Tensor:
-    return forward(input_ids=token, past_key_values=cache, use_cache=True).logits
+def _logits(forward: Callable, token: torch.Tensor, cache: dict[str, Any]) -> torch.Tensor:
+    return forward(input_ids=token, use_cache=True, **cache).logits
 
 
 def build(setting: Setting, keep: float, layers: int | None = None) -> nn.Module:
@@ -434,7 +436,7 @@ def fill(model: nn.Module, prompt: torch.Tensor, length: int) -> Any:
             "Use a model without sliding windows and recurrent layers."
         )
     for part in prompt.split(512, dim=1):  # bounds the memory of long prompts
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(part, use_cache=True, logits_to_keep=1, **{argument(model): cache})
     return cache
 
 

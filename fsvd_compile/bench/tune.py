@@ -24,6 +24,7 @@ from torch import Tensor
 from fsvd_compile.bench import decode
 from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.errors import BenchError, WrongResultError
+from fsvd_compile.kept_cache import argument
 from fsvd_compile.kernels import (
     _measured,
     _stream_few,
@@ -172,7 +173,7 @@ def asked(setting: Setting) -> list[Launch]:
             options = {"cuda_graphs": "off"}
             compiled = torch.compile(model, backend="flashsvd", options=options)
             with torch.no_grad():
-                compiled(prompt[:, :1], past_key_values=cache, use_cache=True)
+                compiled(prompt[:, :1], use_cache=True, **{argument(model): cache})
     torch._dynamo.reset()
     return _commonest(launches)
 

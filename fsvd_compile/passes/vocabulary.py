@@ -100,7 +100,8 @@ _KINDS = (
         (torch.transpose, torch.swapaxes),
         ("transpose", "swapaxes"),
     ),
-    _kind("t", "input", (torch.t,), ("t",)),
+    # `w.T` and `w.mT` since torch 2.14.
+    _kind("t", "input", (torch.t, torch.ops.aten.numpy_T, torch.ops.aten.mT), ("t",)),
     _kind("contiguous", "input", (), ("contiguous",)),
     _kind("index_copy_", "input dim index source", (torch.Tensor.index_copy_,), ("index_copy_",)),
     # These take shapes, dtypes or devices in many forms; what they do is read off their result.
@@ -124,7 +125,7 @@ _BY_FUNCTION = {f: kind for kind in _KINDS for f in kind.functions}
 _BY_METHOD = {m: kind for kind in _KINDS for m in kind.methods}
 # What is read off the result instead of the arguments.
 _BY_RESULT = ("reshape", "expand", "permute", "cast")
-# `w.T` reaches the graph as `getattr(w, "T")`.
+# Up to torch 2.13 `w.T` reaches the graph as `getattr(w, "T")`.
 _BY_ATTRIBUTE = {name: kind for kind in _KINDS if kind.name == "t" for name in ("T", "mT")}
 
 # The in-place form of an operation on a tensor that nobody else reads means the out-of-place one.

@@ -294,6 +294,8 @@ def test_transposes():
     views = {
         "T": lambda w: w.T,
         "mT": lambda w: w.mT,
+        "aten.numpy_T": lambda w: torch.ops.aten.numpy_T(w),
+        "aten.mT": lambda w: torch.ops.aten.mT(w),
         "t": lambda w: w.t(),
         "torch.t": lambda w: torch.t(input=w),
         "transpose": lambda w: w.transpose(0, 1),
@@ -328,6 +330,7 @@ SPELLED = {
     "-x": ("neg", lambda x: -x),
     "**": ("pow", lambda x: x**2),
     ".T": ("t", lambda x: x.T),
+    "aten.numpy_T": ("t", lambda x: torch.ops.aten.numpy_T(x)),
     "keyword": ("mean", lambda x: torch.mean(input=x, dim=-1, keepdim=True)),
     "flatten-keyword": ("reshape", lambda x: torch.flatten(input=x, start_dim=0)),
     "reshape-keyword": ("reshape", lambda x: torch.reshape(input=x, shape=(-1,))),
