@@ -25,7 +25,7 @@ from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten, rms_operands
 from fsvd_compile.kernels.ahead import compiling_ahead
 from fsvd_compile.layers import Program, compile_piece, cut
-from fsvd_compile.passes import PIPELINE, Context, lower, run
+from fsvd_compile.passes import PIPELINE, Context, lower, run, vmap
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
 from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
@@ -91,6 +91,7 @@ def _fused(
     placeholders = (n for n in graph.nodes if n.op == "placeholder")
     for node, given in zip(placeholders, example_inputs, strict=True):
         node.meta["stored"] = _has_static_address(given)
+    vmap.hide(graph)
     context = Context(_device(example_inputs), config.kernels)
     wanted = [r for r in PIPELINE if r.name not in config.disable]
     written = _written_inputs(gm)  # before lowering hides the schemas of ops
@@ -285,9 +286,7 @@ def _why_autocast(gm: GraphModule) -> str | None:
 
 
 def _why_transformed(gm: GraphModule) -> str | None:
-    values = (n.meta.get("example_value") for n in gm.graph.nodes)
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if any(isinstance(v, torch.Tensor) and wrapped(v) for v in values):
+    if not vmap.can_be_hidden(gm.graph):
         return (
             "the model uses a transform of torch.func (vmap, grad, jvp), whose tensors stand for others, so this call "
             "runs unfused; write the batch dimension out, or compile the part without the transform"

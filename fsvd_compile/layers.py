@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 
+from fsvd_compile.passes import vmap
 from fsvd_compile.passes.graph import is_input, is_static, set_value, storage, val
 from fsvd_compile.passes.ops import name_of
 from fsvd_compile.passes.vocabulary import kind_of
@@ -120,6 +121,8 @@ def cut(graph: Graph) -> list[Piece]:
     _take_every_result(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     runs = _runs(calls)
+    if vmap.is_split(runs):
+        return [_piece(calls)]
     pieces = [_piece(run) for run in runs]
     _hand_out_as_twins_do(pieces)
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
@@ -213,9 +216,10 @@ def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
 
     A piece of plain tensors gets a tracing context of its own, so that nothing of the whole graph's leaks in; with a
     shape environment and a value at every node, without which the caches of Inductor and AOTAutograd stand aside. One
-    that reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's.
+    that reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's,
+    and where not every node has a value, as inside `torch.vmap`, none of them is needed.
     """
-    if piece.symbolic:
+    if piece.symbolic or any(map(vmap.is_hidden, piece.nodes)):
         with TracingContext.get().fake_mode:
             inputs = [_fake_input(n) for n in piece.inputs]
         module = piece.module()

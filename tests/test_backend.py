@@ -166,18 +166,60 @@ class Transformed(nn.Module):
     def forward(self, x):
         if self.how == "vmap":
             return torch.vmap(lambda row: self.layer(row).sin())(x)
+        if self.how == "vmap that writes":
+            return self.layer(torch.vmap(lambda row: row.mul_(2))(x.clone()))
         if self.how == "grad":
             return torch.func.grad(lambda x: self.layer(x).sin().sum())(x)
         return torch.func.jvp(lambda x: self.layer(x).sin(), (x,), (torch.ones_like(x),))[1]
 
 
-@pytest.mark.parametrize("how", ("vmap", "grad", "jvp"))
+@pytest.mark.parametrize("how", ("vmap", "vmap that writes", "grad", "jvp"))
 def test_transforms_of_torch_func_run_unfused(how):
     model, x = Transformed(how).eval().requires_grad_(False), torch.randn(5, 48)
     with pytest.warns(UserWarning, match=r"torch\.func"), collect() as reports:
         actual = torch.compile(model, backend="flashsvd")(x)
     assert_close(how, actual, model(x), 1e-5)
     assert [bool(r.unfused) for r in reports] == [True]
+
+
+class Masked(nn.Module):
+    """Two blocks behind a mask that is made inside `torch.vmap`, as transformers before 5.0 makes its own."""
+
+    def __init__(self, through_layers=False):
+        super().__init__()
+        norm, low = lambda: nn.LayerNorm(48), lambda: LowRankLinear(48, 48, 9)
+        self.layers = nn.ModuleList(
+            nn.Sequential(norm(), low(), nn.Tanh(), low(), nn.Sigmoid(), norm(), low())
+            for _ in range(2)
+        )
+        self.through_layers = through_layers
+
+    def forward(self, x):
+        places = torch.arange(len(x))
+        allowed = lambda row, column: (row >= column).float()  # noqa: E731
+        mask = torch.vmap(torch.vmap(allowed, (None, 0)), (0, None))(places, places + 1)
+        if self.through_layers:
+            mask = torch.vmap(lambda row: self.layers[1][4](self.layers[0][2](row)))(mask)
+        for layer in self.layers:
+            x = layer(x) + mask.sum(1, keepdim=True)
+        return x
+
+
+@pytest.mark.parametrize("through_layers", (False, True))
+def test_what_is_beside_a_vmap_is_fused(through_layers):
+    model, x = Masked(through_layers).eval(), torch.randn(5, 48)
+    options = {"kernels": "ops"}
+    with torch.no_grad(), warnings.catch_warnings(), collect() as reports:
+        warnings.simplefilter("error", UserWarning)
+        compiled = torch.compile(model, backend="flashsvd", options=options, fullgraph=True)
+        assert_close("y", compiled(x), model(x), 1e-5)
+        assert_close("y", compiled(x + 1), model(x + 1), 1e-5)
+    (report,) = reports
+    assert not report.unfused
+    matched = {o.name: o.matches for o in report.outcomes}
+    assert (matched["lowrank_chain"], matched["norm_prologue"]) == (6, 4)
+    # The mask's operations, which `torch.vmap` keeps together, and the two blocks, which are alike.
+    assert sum(report.layers) == 1 if through_layers else 2 in report.layers
 
 
 def test_grad_modes_and_inference_mode_agree():

@@ -146,7 +146,7 @@ def kind_of(node: Any) -> str | None:
 
 
 def _lookup(node: Any) -> Kind | None:
-    if not isinstance(node, Node):
+    if not isinstance(node, Node) or "opaque" in node.meta:
         return None
     if node.op == "call_function":
         if node.target is getattr and len(node.args) == 2:
