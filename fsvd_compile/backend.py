@@ -8,7 +8,6 @@ import itertools
 import logging
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,12 @@ from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val,
 from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import phase_of
-from fsvd_compile.report import GraphReport, publish
+from fsvd_compile.report import GraphReport, forget_warnings, publish, warn_once
 
 log = logging.getLogger(__name__)
 
 _pool = GraphPool()
 _numbers = itertools.count()
-_warned: set[str] = set()
 
 
 def flashsvd(
@@ -65,7 +63,7 @@ def flashsvd(
     report = GraphReport()
     report.unfused = _why_unfused(example_inputs) or _why_autocast(gm) or _why_transformed(gm)
     if report.unfused:
-        _warn_once(report.unfused)
+        warn_once(f"backend 'flashsvd': {report.unfused}.")
         compiled = _inductor(config)(gm, example_inputs)
     else:
         compiled = _fused(gm, example_inputs, config, report)
@@ -78,7 +76,7 @@ def reset() -> None:
     """Free every captured CUDA graph and kept KV cache; `torch._dynamo.reset()` calls this."""
     _pool.reset()
     kept_cache.forget()
-    _warned.clear()
+    forget_warnings()
 
 
 flashsvd.reset = reset
@@ -292,12 +290,6 @@ def _why_transformed(gm: GraphModule) -> str | None:
             "runs unfused; write the batch dimension out, or compile the part without the transform"
         )
     return None
-
-
-def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"backend 'flashsvd': {reason}.", stacklevel=2)
 
 
 def _device(example_inputs: list[Any]) -> str:

@@ -15,7 +15,6 @@ import inspect
 import logging
 import re
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from fsvd_compile import cuda_graph, kept_cache
 from fsvd_compile.errors import VersionError
+from fsvd_compile.report import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
             running = _running.get(model, 0)
             if running or model._compiled_call_impl is None:
                 model._compiled_call_impl = compiled.dynamo_ctx(model._call_impl)
+                # transformers would compile the steps of a static cache once more, with Inductor.
+                model._valid_auto_compile_criteria = _never
                 _running[model] = running + 1
         limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         try:
@@ -92,8 +94,13 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
                     if not _running[model]:
                         del _running[model]
                         model._compiled_call_impl = None
+                        del model._valid_auto_compile_criteria
 
     return wrapped
+
+
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
 
 
 def _why_no_loop(model: Any) -> str | None:
@@ -110,26 +117,11 @@ def _why_no_loop(model: Any) -> str | None:
     return None
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
-def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """More arguments of `generate`: `custom_generate=decode_loop` where it is transformers' and would run its
-    sampling loop."""
+def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict[str, Callable]:
+    """`custom_generate=decode_loop` where `generate` is transformers' and would run its sampling loop."""
     parameters = inspect.signature(generate).parameters
     if "custom_generate" not in parameters or not hasattr(model, "_sample"):
         return {}
-    if (reason := _why_no_loop(model)) is not None:
-        _warn_once(
-            f"generate runs transformers' own loop, which waits for the device in every step: {reason}."
-        )
-        # It would compile the steps of a static cache itself, with Inductor.
-        known = (
-            hasattr(model.generation_config, "disable_compile") and "disable_compile" not in kwargs
-        )
-        return {"disable_compile": True} if known else {}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         given = inspect.signature(generate).bind(*args, **kwargs).arguments
@@ -144,6 +136,10 @@ def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict
     if (
         config.stop_strings is not None
     ):  # needs the tokenizer, which transformers keeps from a callable
+        return {}
+    if (reason := _why_no_loop(model)) is not None:
+        own = "generate runs transformers' own loop, which waits for the device in every step"
+        warn_once(f"{own}: {reason}.")
         return {}
     # transformers hands a streamer to its own loops only.
     return {"custom_generate": functools.partial(decode_loop, streamer=given.get("streamer"))}

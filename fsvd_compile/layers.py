@@ -121,8 +121,6 @@ def cut(graph: Graph) -> list[Piece]:
     _take_every_result(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     runs = _runs(calls)
-    if vmap.is_split(runs):
-        return [_piece(calls)]
     pieces = [_piece(run) for run in runs]
     _hand_out_as_twins_do(pieces)
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
@@ -138,6 +136,9 @@ def _runs(calls: list[Node]) -> list[list[Node]]:
     last: object = object()
     for node in calls:
         key = _entry(node, prefix)
+        stretch = vmap.stretch_of(node)
+        if stretch is not None and runs and vmap.stretch_of(runs[-1][-1]) == stretch:
+            key = last  # whatever module it names: nothing may end inside
         if key != last:
             runs.append([])
             last = key
@@ -165,7 +166,9 @@ def _bring_views_home(graph: Graph) -> None:
     """Views of inputs that rewrites hoisted to the top belong to the layer that reads them."""
     for node in list(graph.nodes):
         if kind_of(node) in ("t", "transpose", "reshape") and is_input(node.args[0]) and node.users:
-            min(node.users).prepend(node)
+            first = min(node.users)
+            if vmap.stretch_of(first) is None:
+                first.prepend(node)
 
 
 def _take_every_result(graph: Graph) -> None:
@@ -219,7 +222,7 @@ def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
     that reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's,
     and where not every node has a value, as inside `torch.vmap`, none of them is needed.
     """
-    if piece.symbolic or any(map(vmap.is_hidden, piece.nodes)):
+    if piece.symbolic or any(vmap.stretch_of(n) is not None for n in piece.nodes):
         with TracingContext.get().fake_mode:
             inputs = [_fake_input(n) for n in piece.inputs]
         module = piece.module()

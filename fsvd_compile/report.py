@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 from fsvd_compile.passes import Outcome
@@ -44,6 +45,20 @@ class GraphReport:
     @property
     def misses(self) -> dict[str, list[tuple[str, str]]]:
         return {o.name: o.misses for o in self.outcomes if o.misses}
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A `UserWarning`, again only after `forget_warnings`."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def forget_warnings() -> None:
+    _warned.clear()
 
 
 _listeners: list[list[GraphReport]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -374,22 +375,23 @@ def test_with_another_transformers_its_own_loop_runs(model, calls, monkeypatch, 
         monkeypatch.setattr(sys.modules["transformers"], name, "5.12.1")
     else:
         monkeypatch.delattr(transformers.PreTrainedModel, name)
-    generate._warn_once.cache_clear()
     seen = []
     plain = type(model)._sample
 
-    def sample(self, *args, generation_config, **kwargs):
-        seen.append(generation_config.disable_compile)
-        return plain(self, *args, generation_config=generation_config, **kwargs)
+    def sample(self, *args, **kwargs):
+        seen.append(self._valid_auto_compile_criteria({}, self.generation_config))
+        return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "_sample", sample)
-    fast = compiled(model)
+    fast = compiled(model)  # forgets what was warned of
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fast.generate(ids, **settings(model, num_beams=2))  # never ours
     with pytest.warns(UserWarning, match=words):
         assert torch.equal(fast.generate(ids, **settings(model)), expected)
-    # As far as it is ours to say; the compiled model is what runs, and Inductor would compile it once more.
-    assert seen == [True]
-    assert torch.equal(fast.generate(ids, **settings(model), disable_compile=False), expected)
-    assert seen == [True, False]
+    # The compiled model is what runs; transformers would compile it once more.
+    assert seen == [False]
+    assert "_valid_auto_compile_criteria" not in vars(model)
     assert not calls
     with pytest.raises(VersionError, match=words):
         model.generate(ids, **settings(model), custom_generate=decode_loop)

@@ -5,64 +5,73 @@ transformers before 5.0 makes its attention masks so. Nobody may look into such 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import torch
 from torch.fx import Graph, Node
 
-from fsvd_compile.passes.graph import written_by
-from fsvd_compile.passes.vocabulary import kind_of
-
-_PRODUCTS = ("linear", "addmm", "matmul", "sdpa")
+from fsvd_compile.passes.graph import storage, written_by
 
 
-def inside(graph: Graph) -> list[Node]:
-    """The operations from the beginning to the end of every `torch.vmap`, both included."""
-    found, depth = [], 0
+def stretches(graph: Graph) -> list[list[Node]]:
+    """The operations from the beginning to the end of every outermost `torch.vmap`, both included."""
+    found: list[list[Node]] = []
+    depth = 0
     for node in graph.nodes:
         name = getattr(node.target, "__name__", None) if node.op == "call_function" else None
-        depth += name == "_vmap_increment_nesting"
+        if name == "_vmap_increment_nesting":
+            found += [] if depth else [[]]
+            depth += 1
         if depth:
-            found.append(node)
+            found[-1].append(node)
         depth -= name == "_vmap_decrement_nesting"
     return found
 
 
-def stands_for_others(node: Node) -> bool:
-    """Whether a value is a tensor of a transform of `torch.func`."""
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(
-        value
-    )
-
-
 def can_be_hidden(graph: Graph) -> bool:
-    """Whether all such tensors are inside `torch.vmap`, and nothing there is written or what this package is for.
+    """Whether all tensors of a transform are inside `torch.vmap`, and what is there stays right whatever is rewritten.
 
-    A write to a tensor that stands for others is one to memory that nobody can name.
+    That is so where nothing floating comes in, whose layout a rewrite may change; where nothing is written, as nobody
+    could say to which memory; and where no memory of outside comes out again.
     """
-    hidden = set(inside(graph))
-    return not any(
-        kind_of(node) in _PRODUCTS or written_by(node)
-        if node in hidden
-        else stands_for_others(node)
-        for node in graph.nodes
-    )
+    hidden: set[Node] = set()
+    for stretch in stretches(graph):
+        inside = set(stretch)
+        given = {n for node in stretch for n in node.all_input_nodes} - inside
+        results = [n for n in stretch if any(user not in inside for user in n.users)]
+        if any(map(_may_change, given)) or any(map(written_by, stretch)):
+            return False
+        if any(map(_stands_for_others, results)):
+            return False
+        before = (n for n in graph.nodes if n < stretch[0] and not _stands_for_others(n))
+        if not {storage(n) for n in results}.isdisjoint(map(storage, before)):
+            return False
+        hidden |= inside
+    return not any(_stands_for_others(n) for n in graph.nodes if n not in hidden)
 
 
 def hide(graph: Graph) -> None:
     """Takes what is inside out of the vocabulary: no rewrite knows these operations, nor how tensors look there."""
-    for node in inside(graph):
-        if stands_for_others(node):
-            del node.meta["example_value"]
-        node.meta["opaque"] = True
+    for i, stretch in enumerate(stretches(graph)):
+        for node in stretch:
+            if _stands_for_others(node):
+                del node.meta["example_value"]
+            node.meta["opaque"] = i
 
 
-def is_hidden(node: Node) -> bool:
-    return node.meta.get("opaque", False)
+def stretch_of(node: Node) -> int | None:
+    """Which stretch a hidden operation belongs to."""
+    return node.meta.get("opaque")
 
 
-def is_split(runs: Sequence[Sequence[Node]]) -> bool:
-    """Whether one of these runs of operations may end inside `torch.vmap`."""
-    return any(is_hidden(a[-1]) and is_hidden(b[0]) for a, b in itertools.pairwise(runs))
+def _may_change(node: Node) -> bool:
+    """Whether a rewrite may lay a value out otherwise; those of integers and truth values leave that as it is."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return not isinstance(value, (int, torch.SymInt))
+
+
+def _stands_for_others(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(
+        value
+    )
