@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -110,7 +111,7 @@ def _apply(
             continue
         match.memory = memory
         reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, memory)
-        reason = reason or rewrite.guard(match, context)
+        reason = reason or read_as_it_lies(match.root) or rewrite.guard(match, context)
         if reason is not None:
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
@@ -163,6 +164,19 @@ def no_plain_tensor(match: Match) -> str | None:
         for value in (node, *node.all_input_nodes):
             if val(value) is not None and not is_plain(value):
                 return f"{value.name} is a {type(val(value)).__name__}, no plain tensor"
+    return None
+
+
+_AS_IT_LIES = ("as_strided", torch.as_strided, torch.Tensor.as_strided)
+
+
+def read_as_it_lies(node: Node) -> str | None:
+    """A fused operation may lay its result out otherwise, which `as_strided` of it or of a view would show."""
+    for user in node.users:
+        if user.target in _AS_IT_LIES:
+            return f"{user.name} reads its memory as it lies"
+        if kind_of(user) in _VIEWS and (reason := read_as_it_lies(user)) is not None:
+            return reason
     return None
 
 

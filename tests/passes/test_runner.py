@@ -476,3 +476,21 @@ def test_a_symbolic_rank_is_never_asked():
     )
     assert result.only() == {} and "no matrix of static shape" in result.misses["lowrank_chain"][0]
     assert result.guards == 0
+
+
+@pytest.mark.parametrize("how", ["view", "as_strided", "torch.as_strided"])
+def test_what_is_read_as_it_lies_is_not_laid_out_anew(how):
+    def fn(q, k, v):
+        mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+        y = F.scaled_dot_product_attention(q, k, v, mask)[0]
+        if how == "view":
+            return y.reshape(6, 80)
+        if how == "as_strided":
+            return y.as_strided((6, 80), (80, 1))
+        return torch.as_strided(y[None], (6, 80), (80, 1))
+
+    q, k = (torch.randn(1, 5, 6, 8).transpose(1, 2) for _ in range(2))
+    result = rewrite(fn, q, k, torch.cat([q, k], -1))
+    assert result.only() == ({"attention": 1} if how == "view" else {}), result.misses
+    if how != "view":
+        assert "reads its memory as it lies" in result.misses["attention"][0]
