@@ -86,11 +86,11 @@ class Outcome:
 def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Outcome]:
     """Apply rewrites in order; returns one `Outcome` each. The graph stays valid after every rewrite."""
     outcomes = []
-    memory = Memory(graph)
+    memory, shown = Memory(graph), shown_as_they_lie(graph)
     for rewrite in rewrites:
         started = time.perf_counter()
         outcome = Outcome(rewrite.name)
-        while _apply(rewrite, graph, context, memory, outcome) and rewrite.repeat:
+        while _apply(rewrite, graph, context, memory, shown, outcome) and rewrite.repeat:
             pass
         outcome.seconds = time.perf_counter() - started
         outcomes.append(outcome)
@@ -101,7 +101,12 @@ def run(rewrites: Iterable[Rewrite], graph: Graph, context: Context) -> list[Out
 
 
 def _apply(
-    rewrite: Rewrite, graph: Graph, context: Context, memory: Memory, outcome: Outcome
+    rewrite: Rewrite,
+    graph: Graph,
+    context: Context,
+    memory: Memory,
+    shown: set[Node],
+    outcome: Outcome,
 ) -> int:
     count = 0
     outcome.misses.clear()
@@ -111,7 +116,9 @@ def _apply(
             continue
         match.memory = memory
         reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, memory)
-        reason = reason or read_as_it_lies(match.root) or rewrite.guard(match, context)
+        if match.root in shown:
+            reason = reason or "as_strided shows how its result lies in memory"
+        reason = reason or rewrite.guard(match, context)
         if reason is not None:
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
@@ -167,17 +174,24 @@ def no_plain_tensor(match: Match) -> str | None:
     return None
 
 
-_AS_IT_LIES = ("as_strided", torch.as_strided, torch.Tensor.as_strided)
+_AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided)
+# Their results lie in order, fused or not.
+_LINEAR = ("linear", "addmm", "matmul")
 
 
-def read_as_it_lies(node: Node) -> str | None:
-    """A fused operation may lay its result out otherwise, which `as_strided` of it or of a view would show."""
-    for user in node.users:
-        if user.target in _AS_IT_LIES:
-            return f"{user.name} reads its memory as it lies"
-        if kind_of(user) in _VIEWS and (reason := read_as_it_lies(user)) is not None:
-            return reason
-    return None
+def shown_as_they_lie(graph: Graph) -> set[Node]:
+    """Values whose layout an `as_strided` shows: what it reads, and what that has its layout from.
+
+    A fused operation may lay its result out otherwise.
+    """
+    pending = [n for s in graph.nodes if s.target in _AS_STRIDED for n in s.all_input_nodes[:1]]
+    found: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in found and kind_of(node) not in _LINEAR:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def moved_past_write(match: Match, memory: Memory) -> str | None:

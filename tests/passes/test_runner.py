@@ -478,8 +478,8 @@ def test_a_symbolic_rank_is_never_asked():
     assert result.guards == 0
 
 
-@pytest.mark.parametrize("how", ["view", "as_strided", "torch.as_strided"])
-def test_what_is_read_as_it_lies_is_not_laid_out_anew(how):
+@pytest.mark.parametrize("how", ["view", "as_strided", "torch.as_strided", "behind"])
+def test_what_as_strided_shows_is_not_laid_out_anew(how):
     def fn(q, k, v):
         mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
         y = F.scaled_dot_product_attention(q, k, v, mask)[0]
@@ -487,10 +487,20 @@ def test_what_is_read_as_it_lies_is_not_laid_out_anew(how):
             return y.reshape(6, 80)
         if how == "as_strided":
             return y.as_strided((6, 80), (80, 1))
-        return torch.as_strided(y[None], (6, 80), (80, 1))
+        return torch.as_strided(y[None] if how == "torch.as_strided" else y.exp(), (6, 80), (80, 1))
 
     q, k = (torch.randn(1, 5, 6, 8).transpose(1, 2) for _ in range(2))
     result = rewrite(fn, q, k, torch.cat([q, k], -1))
-    assert result.only() == ({"attention": 1} if how == "view" else {}), result.misses
+    assert result.only() == ({"attention": 1} if how == "view" else {})
     if how != "view":
-        assert "reads its memory as it lies" in result.misses["attention"][0]
+        assert "shows how its result lies" in result.misses["attention"][0]
+
+
+def test_linears_that_as_strided_reads_are_fused():
+    def fn(x, a, b, c, d):
+        y, z = F.linear(F.linear(x, a), b), F.linear(F.linear(x, c), d)
+        return y.as_strided((4, 10), (10, 1)), (z + 1).as_strided((4, 10), (10, 1)), z
+
+    weights = [parameter(*size) for size in ((3, 16), (8, 3), (3, 16), (8, 3))]
+    result = rewrite(fn, torch.randn(5, 2, 16).transpose(0, 1), *weights)
+    assert result.matches["lowrank_chain"] == 2
