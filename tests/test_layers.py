@@ -319,6 +319,30 @@ def test_norms_that_layers_carry_for_each_other(carried, tokens, head, matches, 
     assert reports[0].weight_bytes == weights
 
 
+class Mapped(nn.Module):
+    def forward(self, places):
+        return torch.vmap(lambda row: row.sin().bfloat16())(places)
+
+
+class MappedBlocks(Blocks):
+    def forward(self, places):
+        return super().forward(Mapped()(places))
+
+
+@pytest.mark.parametrize("inside", (False, True))
+def test_a_first_layer_behind_a_vmap(carried, inside):
+    """What stands in for its norm is not put between the operations that stay together."""
+    model = (Blocks if inside else MappedBlocks)(nn.Softmax(-1))
+    places = torch.arange(5 * 1024).view(5, 1024)
+    if inside:
+        model.blocks[0].insert(0, Mapped())
+    compiled = torch.compile(model, backend="flashsvd", options={"kernels": "ops"})
+    with torch.no_grad(), collect() as reports:
+        assert_close("model", compiled(places), model(places), 2e-2)
+    assert reports[0].matches["carried_first"] == 1
+    assert max(reports[0].layers) == 4 + (not inside)
+
+
 class Twofold(nn.Module):
     """A head behind a norm that the model returns as well."""
 

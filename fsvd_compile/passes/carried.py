@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from fsvd_compile.kernels import _triton, rms_operands
 from fsvd_compile.kernels._linear import carries
+from fsvd_compile.passes import vmap
 from fsvd_compile.passes.graph import emit, is_input, val
 from fsvd_compile.passes.ops import (
     Expand,
@@ -131,8 +132,8 @@ def _first_guard(match: Match, context: Context) -> str | None:
 
 def _behind(x: Node) -> Node:
     """Where what is computed from x can stand first."""
-    node = x.next
-    while node.op == "placeholder":
+    node, stretch = x.next, vmap.stretch_of(x)
+    while node.op == "placeholder" or (stretch is not None and vmap.stretch_of(node) == stretch):
         node = node.next
     return node
 

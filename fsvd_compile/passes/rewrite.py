@@ -116,9 +116,7 @@ def _apply(
             continue
         match.memory = memory
         reason = no_plain_tensor(match) or second_reader(match) or moved_past_write(match, memory)
-        if match.root in shown:
-            reason = reason or "as_strided shows how its result lies in memory"
-        reason = reason or rewrite.guard(match, context)
+        reason = reason or laid_out_anew(match, shown) or rewrite.guard(match, context)
         if reason is not None:
             if not rewrite.quiet:
                 outcome.misses.append((match.root.name, reason))
@@ -192,6 +190,11 @@ def shown_as_they_lie(graph: Graph) -> set[Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
+
+
+def laid_out_anew(match: Match, shown: set[Node]) -> str | None:
+    """What `shown_as_they_lie` holds is not replaced."""
+    return "as_strided shows how its result lies in memory" if match.root in shown else None
 
 
 def moved_past_write(match: Match, memory: Memory) -> str | None:
