@@ -23,12 +23,13 @@ from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
 from fsvd_compile.kernels import attention_aten, decode_attention_aten, rms_operands
 from fsvd_compile.kernels.ahead import compiling_ahead
-from fsvd_compile.layers import Program, compile_piece, cut
+from fsvd_compile.layers import Program, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run, vmap
 from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val, written_by
 from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import phase_of
+from fsvd_compile.pieces import compile_piece
 from fsvd_compile.report import GraphReport, forget_warnings, publish, warn_once
 
 log = logging.getLogger(__name__)

@@ -15,93 +15,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes import vmap
-from fsvd_compile.passes.graph import is_input, is_static, set_value, storage, val
+from fsvd_compile.passes.graph import is_input, val
 from fsvd_compile.passes.ops import name_of
 from fsvd_compile.passes.vocabulary import kind_of
+from fsvd_compile.pieces import Piece, piece_of
 
 # Shorter runs are not worth a call of their own: the call costs about 20 us of Python on the host.
 MIN_NODES = 6
 
 _ENTRY = re.compile(r"^(.*?)(?:\.|\[')(\d+)(?=\.|'\]|\[|$)")
-
-
-@dataclasses.dataclass
-class Piece:
-    """A run of operations with the values it reads from and hands to the rest of the graph."""
-
-    nodes: list[Node]
-    inputs: list[Node]
-    outputs: list[Node]
-
-    def signature(self) -> tuple:
-        """What makes two pieces the same function: operations, constants, and how inputs lie in memory."""
-        local = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
-        body = tuple(
-            (node.op, _target_name(node), repr(map_arg(node.args, lambda n: _Ref(local[n]))),
-             repr(map_arg(node.kwargs, lambda n: _Ref(local[n]))))
-            for node in self.nodes
-        )  # fmt: skip
-        memory: dict[int | None, int] = {}
-        layout = tuple(
-            # As text: a symbolic size is not to be hashed.
-            (f"{tuple(v.shape)} {v.stride()}", v.dtype, v.device, memory.setdefault(storage(n), i))
-            if (v := val(n)) is not None
-            else n  # a number is a symbol of this graph: shared with nobody
-            for i, n in enumerate(self.inputs)
-        )
-        return body, layout, tuple(local[n] for n in self.outputs)
-
-    @property
-    def symbolic(self) -> bool:
-        """Whether it reads numbers, or tensors of symbolic sizes."""
-        return any(val(n) is None or not is_static(n) for n in self.inputs)
-
-    def binds_its_symbols(self) -> bool:
-        """Whether every symbol in a layout is an input itself or the plain size of one, where Inductor finds it."""
-        known, used = set(), set()
-        for node in self.inputs:
-            value = val(node)
-            sizes = [node.meta["example_value"]] if value is None else value.shape
-            if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
-                return False  # a computed float: Inductor would fix what it is computed from
-            known |= {_expression(s) for s in sizes}
-            for size in sizes if value is None else (*sizes, *value.stride()):
-                used |= getattr(_expression(size), "free_symbols", set())
-        return used <= known
-
-    def module(self) -> GraphModule:
-        """The run as a graph of its own, inputs in order of first use."""
-        graph = Graph()
-        copies: dict[Node, Node] = {}
-        for i, source in enumerate(self.inputs):
-            copies[source] = graph.placeholder(f"x{i}")
-            copies[source].meta = dict(source.meta)
-        for node in self.nodes:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(tuple(copies[n] for n in self.outputs))
-        return GraphModule({}, graph)
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
-class _Ref(str):
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _target_name(node: Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
 
 
 def cut(graph: Graph) -> list[Piece]:
@@ -116,17 +42,17 @@ def cut(graph: Graph) -> list[Piece]:
     )
     # What a tensor holds (a float of the model, with dynamic=True) is known to the whole graph's inputs only.
     if bodies or any(n.target in ("item", torch.ops.aten.item.default) for n in calls):
-        return [_piece(calls)]
+        return [piece_of(calls)]
     _bring_views_home(graph)
     _take_every_result(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     runs = _runs(calls)
-    pieces = [_piece(run) for run in runs]
+    pieces = [piece_of(run) for run in runs]
     _hand_out_as_twins_do(pieces)
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
     repeats = any(count > 1 for count in repeated.values())
     if not repeats or not all(p.binds_its_symbols() for p in pieces):
-        return [_piece(calls)]
+        return [piece_of(calls)]
     return pieces
 
 
@@ -202,57 +128,6 @@ def _hand_out_as_twins_do(pieces: list[Piece]) -> None:
             if set(outputs) < set(most):
                 place = {f"%{i}": n for i, n in enumerate((*piece.inputs, *piece.nodes))}
                 piece.outputs = [place[name] for name in most]
-
-
-def _piece(nodes: list[Node]) -> Piece:
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
-    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    return Piece(nodes, inputs, outputs)
-
-
-Compile = Callable[[GraphModule, list[Any]], Callable]
-
-
-def compile_piece(piece: Piece, compile_fn: Compile) -> Callable:
-    """Compile a piece by itself.
-
-    A piece of plain tensors gets a tracing context of its own, so that nothing of the whole graph's leaks in; with a
-    shape environment and a value at every node, without which the caches of Inductor and AOTAutograd stand aside. One
-    that reads symbols (a cache length kept as an int, a prompt of any length) needs the symbols' own context, Dynamo's,
-    and where not every node has a value, as inside `torch.vmap`, none of them is needed.
-    """
-    if piece.symbolic or any(vmap.stretch_of(n) is not None for n in piece.nodes):
-        with TracingContext.get().fake_mode:
-            inputs = [_fake_input(n) for n in piece.inputs]
-        module = piece.module()
-        for node in module.graph.nodes:
-            node.meta.pop("example_value", None)  # of the whole graph's tensors, not of these
-        return compile_fn(module, inputs)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    module = piece.module()
-    with mode:
-        inputs = [_fake_input(n) for n in piece.inputs]
-        _set_values(module.graph, inputs)
-    with tracing(TracingContext(mode)):
-        return compile_fn(module, inputs)
-
-
-def _set_values(graph: Graph, inputs: list[Any]) -> None:
-    """Every node's value in the mode of the inputs; those of the mode that traced the whole graph would clash."""
-    given = iter(inputs)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            node.meta["example_value"] = next(given)
-        elif node.op != "output":
-            set_value(node)
-
-
-def _fake_input(node: Node) -> Any:
-    value = val(node)
-    if value is None:
-        return node.meta["example_value"]
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 class Program:
