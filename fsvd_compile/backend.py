@@ -16,12 +16,18 @@ import torch
 from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fsvd_compile import generate, kept_cache
 from fsvd_compile.config import Config
 from fsvd_compile.cuda_graph import GraphedCallable, GraphPool
-from fsvd_compile.kernels import attention_aten, decode_attention_aten, rms_operands
+from fsvd_compile.kernels import (
+    attention_aten,
+    decode_attention_aten,
+    rms_operands,
+    sdpa_of_any_length,
+)
 from fsvd_compile.kernels.ahead import compiling_ahead
 from fsvd_compile.layers import Program, cut
 from fsvd_compile.passes import PIPELINE, Context, lower, run, vmap
@@ -29,7 +35,7 @@ from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val,
 from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import phase_of
-from fsvd_compile.pieces import compile_piece
+from fsvd_compile.pieces import Piece, compile_piece
 from fsvd_compile.report import GraphReport, forget_warnings, publish, warn_once
 
 log = logging.getLogger(__name__)
@@ -112,8 +118,9 @@ def _compiled(
     """The rewritten graph through Inductor, layer by layer where it can be cut, and under CUDA graphs."""
     compile_fn = _inductor(config)
     static = {i for i, x in enumerate(example_inputs) if _has_static_address(x)}
-    pieces = cut(gm.graph) if config.layers else []
+    off = _why_uncaptured(config)
     dynamic = _dynamic(gm)
+    pieces = cut(gm.graph, by_size=bool(dynamic) and off is None) if config.layers else []
     if len(pieces) < 2:
         report.layers = [1]
         with (
@@ -121,34 +128,59 @@ def _compiled(
             _counted(list(gm.graph.nodes), report),
         ):
             whole = compile_fn(gm, example_inputs)
-        return _graphed(whole, "step", static, written, config, report, dynamic)
+        return _graphed(whole, "step", static, written, config, report, off or dynamic)
 
-    compiled: dict[tuple, Callable] = {}
-    signatures = [piece.signature() for piece in pieces]
-    distinct = dict(zip(signatures, pieces, strict=True)).values()
-    with _kernels_compiled((n for piece in distinct for n in piece.nodes), config, dynamic):
-        for piece, signature in zip(pieces, signatures, strict=True):
-            if signature not in compiled:
-                with _counted(piece.nodes, report):
-                    compiled[signature] = compile_piece(piece, compile_fn)
-    report.layers = [signatures.count(signature) for signature in compiled]
-    functions = [compiled[signature] for signature in signatures]
-    if config.cuda_graphs == "layer":
-        index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-        results = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
+    compiled: dict[tuple, tuple[Piece, Callable]] = {}
+    keys = [piece.signature() for piece in pieces]
+    distinct = dict(zip(keys, pieces, strict=True)).values()
+    some_fixed = any(piece.fixed for piece in pieces)
+    with _kernels_compiled(
+        (n for piece in distinct for n in piece.nodes), config, None if some_fixed else dynamic
+    ):
         for i, piece in enumerate(pieces):
-            ids = [index.get(n) for n in piece.inputs]
-            fixed = {
-                k for k, n in enumerate(piece.inputs) if n.op == "get_attr" or ids[k] in static
-            }
-            mutated = {k for k, p in enumerate(ids) if p in written}
-            # What only later pieces read may lie in the graph's own memory; what the caller gets may not.
-            inner = not any(n in results for n in piece.outputs)
-            layer = functions[i], f"layer {i}", fixed, mutated, config, report, dynamic
-            functions[i] = _graphed(*layer, borrow=inner, alone=False)
-        return Program(gm.graph, pieces, functions)
-    program = Program(gm.graph, pieces, functions)
-    return _graphed(program, "step", static, written, config, report, dynamic)
+            if keys[i] in compiled and not compiled[keys[i]][0].serves(piece):
+                keys[i] = (*keys[i], i)
+            if keys[i] not in compiled:
+                with _counted(piece.nodes, report):
+                    compiled[keys[i]] = piece, compile_piece(piece, compile_fn)
+    report.layers = [keys.count(key) for key in compiled]
+    functions = [compiled[key][1] for key in keys]
+    if config.cuda_graphs != "layer" and not some_fixed:
+        program = Program(gm.graph, pieces, functions)
+        return _graphed(program, "step", static, written, config, report, off or dynamic)
+    index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    results = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
+    kept = {storage(n) for n in results} - {None}
+    for i, piece in enumerate(pieces):
+        ids = [index.get(n) for n in piece.inputs]
+        fixed = {k for k, n in enumerate(piece.inputs) if n.op == "get_attr" or ids[k] in static}
+        mutated = {k for k, p in enumerate(ids) if p in written}
+        # What only later pieces read may lie in the graph's own memory; what the caller gets may not, nor what shares
+        # its memory with that.
+        inner = not any(n in results or storage(n) in kept for n in piece.outputs)
+        reason = off or (None if piece.fixed else dynamic)
+        functions[i] = _graphed(
+            functions[i],
+            f"layer {i}",
+            fixed,
+            mutated,
+            config,
+            report,
+            reason,
+            borrow=inner,
+            alone=False,
+        )
+    if off is None and dynamic:
+        captured = sum(piece.fixed for piece in pieces)
+        report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {dynamic}"
+    return Program(gm.graph, pieces, functions)
+
+
+def _why_uncaptured(config: Config) -> str | None:
+    """Why nothing is captured, whatever the graph is."""
+    if config.cuda_graphs == "off":
+        return "off"
+    return None if torch.cuda.is_available() else "off: no CUDA device"
 
 
 @contextlib.contextmanager
@@ -181,7 +213,8 @@ def _counted(nodes: list[torch.fx.Node], report: GraphReport) -> Iterator[None]:
     before = metrics.generated_kernel_count
     yield
     library = [n for n in nodes if kind_of(n) in ("linear", "addmm", "matmul", "sdpa")]
-    library += [n for n in nodes if n.target in (attention_aten, decode_attention_aten)]
+    attentions = (attention_aten, decode_attention_aten, sdpa_of_any_length)
+    library += [n for n in nodes if n.target in attentions]
     report.kernels.append(
         {
             "fsvd ops": sum(1 for n in nodes if name_of(n)),
@@ -193,29 +226,24 @@ def _counted(nodes: list[torch.fx.Node], report: GraphReport) -> Iterator[None]:
 
 def _graphed(
     fn: Callable, name: str, static: set[int], written: set[int], config: Config, report: GraphReport,
-    dynamic: str | None, borrow: bool = False, alone: bool = True,
+    reason: str | None, borrow: bool = False, alone: bool = True,
 ) -> Callable:  # fmt: skip
-    """`fn` under CUDA-graph replay where that is possible; `report.graphs` says so or why not."""
-    if config.cuda_graphs == "off":
-        report.graphs = "off"
-    elif not torch.cuda.is_available():
-        report.graphs = "off: no CUDA device"
-    elif dynamic:
-        report.graphs = f"off: {dynamic}"
-        log.info("flashsvd: a graph runs without CUDA-graph capture: %s", dynamic)
-    else:
-        report.graphs = config.cuda_graphs
-        return GraphedCallable(
-            fn,
-            name=f"graph {next(_numbers)} {name}",
-            static=frozenset(static - written),
-            mutated=frozenset(written),
-            pool=_pool,
-            max_captures=config.max_captures,
-            borrow_outputs=borrow,
-            ahead=alone,
-        )
-    return fn
+    """`fn` under CUDA-graph replay unless there is a reason against it; `report.graphs` says which."""
+    if reason is not None:
+        report.graphs = reason if reason.startswith("off") else f"off: {reason}"
+        log.info("flashsvd: %s runs without CUDA-graph capture: %s", name, report.graphs)
+        return fn
+    report.graphs = config.cuda_graphs
+    return GraphedCallable(
+        fn,
+        name=f"graph {next(_numbers)} {name}",
+        static=frozenset(static - written),
+        mutated=frozenset(written),
+        pool=_pool,
+        max_captures=config.max_captures,
+        borrow_outputs=borrow,
+        ahead=alone,
+    )
 
 
 def _inductor(config: Config) -> Callable:
@@ -313,8 +341,10 @@ def _written_inputs(gm: GraphModule) -> set[int]:
 def _has_effect(node: torch.fx.Node) -> bool:
     if written_by(node) or node.is_impure():
         return True
-    # A float that nobody reads was a constant of the model, which a rewrite has read.
-    return val(node) is None and not isinstance(node.meta.get("example_value"), torch.SymFloat)
+    # A float that nobody reads was a constant of the model, which a rewrite has read; a size Dynamo asked for.
+    number = node.meta.get("example_value")
+    sized = isinstance(number, torch.SymInt) and not free_unbacked_symbols(number)
+    return val(node) is None and not (sized or isinstance(number, torch.SymFloat))
 
 
 def _dynamic(gm: GraphModule) -> str | None:

@@ -3,11 +3,15 @@
 A layer is a run of operations whose place in the model (Dynamo's `nn_module_stack`) goes through the same entry of a
 list of modules; what lies between runs is glue (embedding, masks, final norm, head). Two runs are the same layer when
 they do the same operations on inputs of the same layout; which weights and caches they read is an argument.
+
+A decode step whose KV cache grows (transformers' `DynamicCache`) is cut elsewhere: only attention sees a size that
+changes, and what lies between two layers' attentions, linears and norms, can be replayed from a CUDA graph.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import re
 from collections import Counter
@@ -19,7 +23,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes import vmap
-from fsvd_compile.passes.graph import is_input, val
+from fsvd_compile.passes.graph import has_fixed_size, is_input, val
 from fsvd_compile.passes.ops import name_of
 from fsvd_compile.passes.vocabulary import kind_of
 from fsvd_compile.pieces import Piece, piece_of
@@ -30,10 +34,13 @@ MIN_NODES = 6
 _ENTRY = re.compile(r"^(.*?)(?:\.|\[')(\d+)(?=\.|'\]|\[|$)")
 
 
-def cut(graph: Graph) -> list[Piece]:
+def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
     """The graph as pieces in order; a single piece when no layer repeats.
 
     A graph of symbolic shapes stays whole if one of its pieces would not see a symbol that it needs.
+
+    Args:
+        by_size: Cut where symbolic sizes begin and end, if what is of fixed sizes in between reads weights.
     """
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     # A sub-graph (of a control-flow or attention operator) is a constant that a piece cannot take as an input.
@@ -46,14 +53,45 @@ def cut(graph: Graph) -> list[Piece]:
     _bring_views_home(graph)
     _take_every_result(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
-    runs = _runs(calls)
-    pieces = [piece_of(run) for run in runs]
+    if by_size:
+        pieces = _by_size(calls)
+        if any(p.fixed for p in pieces) and all(p.binds_its_symbols() for p in pieces):
+            _hand_out_as_twins_do(pieces)
+            return pieces
+    pieces = [piece_of(run) for run in _runs(calls)]
     _hand_out_as_twins_do(pieces)
     repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
     repeats = any(count > 1 for count in repeated.values())
     if not repeats or not all(p.binds_its_symbols() for p in pieces):
         return [piece_of(calls)]
     return pieces
+
+
+def _by_size(calls: list[Node]) -> list[Piece]:
+    """Runs of fixed sizes that read weights, and what lies between them."""
+    runs = [(fixed, list(run)) for fixed, run in itertools.groupby(calls, _is_fixed)]
+    worth = [(fixed and any(map(_reads_weights, run)), run) for fixed, run in runs]
+    pieces = []
+    for fixed, several in itertools.groupby(worth, operator.itemgetter(0)):
+        piece = piece_of([node for _, run in several for node in run])
+        piece.fixed = fixed
+        pieces.append(piece)
+    return pieces
+
+
+def _is_fixed(node: Node) -> bool:
+    """Whether a node neither is nor reads a number, a symbolic size, or what a transform works on."""
+    values = (n.meta.get("example_value") for n in (node, *node.all_input_nodes))
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+    return vmap.stretch_of(node) is None and not any(
+        isinstance(part, numbers) or (isinstance(part, torch.Tensor) and not has_fixed_size(part))
+        for value in values
+        for part in (value if isinstance(value, (tuple, list)) else (value,))
+    )
+
+
+def _reads_weights(node: Node) -> bool:
+    return bool(name_of(node)) or kind_of(node) in ("linear", "addmm", "matmul")
 
 
 def _runs(calls: list[Node]) -> list[list[Node]]:

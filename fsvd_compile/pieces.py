@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes import vmap
@@ -19,26 +20,35 @@ from fsvd_compile.passes.graph import is_static, set_value, storage, val
 
 @dataclasses.dataclass
 class Piece:
-    """A run of operations with the values it reads from and hands to the rest of the graph."""
+    """A run of operations with the values it reads from and hands to the rest of the graph.
+
+    Attributes:
+        fixed: Whether no size in it depends on a symbol, though sizes elsewhere in the graph do.
+    """
 
     nodes: list[Node]
     inputs: list[Node]
     outputs: list[Node]
+    fixed: bool = False
 
     def signature(self) -> tuple:
-        """What makes two pieces the same function: operations, constants, and how inputs lie in memory."""
+        """What makes two pieces the same function: operations, constants, and how inputs lie in memory.
+
+        Symbolic sizes count by where they come again in the piece, not by which symbols they are, see `serves`.
+        """
         local = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
         body = tuple(
             (node.op, _target_name(node), repr(map_arg(node.args, lambda n: _Ref(local[n]))),
              repr(map_arg(node.kwargs, lambda n: _Ref(local[n]))))
             for node in self.nodes
         )  # fmt: skip
+        names = {symbol: sympy.Symbol(f"n{i}") for i, symbol in enumerate(self._symbols())}
         memory: dict[int | None, int] = {}
         layout = tuple(
+            n  # what is known when the graph runs only: shared with nobody
+            if free_unbacked_symbols(_sizes(n))
             # As text: a symbolic size is not to be hashed.
-            (f"{tuple(v.shape)} {v.stride()}", v.dtype, v.device, memory.setdefault(storage(n), i))
-            if (v := val(n)) is not None
-            else n  # a number is a symbol of this graph: shared with nobody
+            else (", ".join(_text(size, names) for size in _sizes(n)), *_kind(n, memory, i))
             for i, n in enumerate(self.inputs)
         )
         return body, layout, tuple(local[n] for n in self.outputs)
@@ -50,16 +60,45 @@ class Piece:
 
     def binds_its_symbols(self) -> bool:
         """Whether every symbol in a layout is an input itself or the plain size of one, where Inductor finds it."""
-        known, used = set(), set()
+        known: set[Any] = set()
         for node in self.inputs:
             value = val(node)
-            sizes = [node.meta["example_value"]] if value is None else value.shape
-            if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
+            if not all(isinstance(size, (int, torch.SymInt)) for size in _sizes(node)):
                 return False  # a computed float: Inductor would fix what it is computed from
-            known |= {_expression(s) for s in sizes}
-            for size in sizes if value is None else (*sizes, *value.stride()):
-                used |= getattr(_expression(size), "free_symbols", set())
-        return used <= known
+            known |= {_expression(s) for s in (_sizes(node) if value is None else value.shape)}
+        return set(self._symbols()) <= known
+
+    def serves(self, other: Piece) -> bool:
+        """Whether what was compiled for this piece serves one of the same signature; its guards are then on both.
+
+        The guards that hold for this piece's symbols, among them those that the compiler relies on, are asked of the
+        other's, which makes them guards of the graph. So the two differ in symbols that were not told apart.
+        """
+        pairs = {a: b for a, b in zip(self._symbols(), other._symbols(), strict=True) if a != b}
+        if not pairs:
+            return True
+        env = TracingContext.get().fake_mode.shape_env
+        mine = set(self._symbols())
+        for guard in list(env.guards):
+            asked = guard.expr.xreplace(pairs)
+            if (
+                guard.expr.free_symbols <= mine
+                and asked != guard.expr
+                and not env.evaluate_expr(asked)
+            ):
+                return False
+        # What is within a range needs no guard.
+        return all(env.bound_sympy(b).issubset(env.bound_sympy(a)) for a, b in pairs.items())
+
+    def _symbols(self) -> list[sympy.Symbol]:
+        """The symbols that inputs' sizes and strides are made of, in order."""
+        found = {
+            symbol: None
+            for n in self.inputs
+            for size in _sizes(n)
+            for symbol in sorted(getattr(_expression(size), "free_symbols", ()), key=str)
+        }
+        return list(found)
 
     def module(self) -> GraphModule:
         """The run as a graph of its own, inputs in order of first use."""
@@ -74,8 +113,26 @@ class Piece:
         return GraphModule({}, graph)
 
 
+def _sizes(node: Node) -> tuple[Any, ...]:
+    """Sizes and strides of a tensor, or a number itself."""
+    value = val(node)
+    return (node.meta["example_value"],) if value is None else (*value.shape, *value.stride())
+
+
+def _kind(node: Node, memory: dict[int | None, int], i: int) -> tuple:
+    """What else a compiled function knows of its input number i; `memory` has the storages seen before."""
+    value = val(node)
+    if value is None:
+        return (type(node.meta["example_value"]),)
+    return value.dtype, value.device, memory.setdefault(storage(node), i)
+
+
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _text(size: Any, names: dict[sympy.Symbol, sympy.Symbol]) -> str:
+    return str(_expression(size).xreplace(names) if isinstance(size, torch.SymInt) else size)
 
 
 class _Ref(str):

@@ -14,7 +14,12 @@ prefill) and `<op>_triton` (the kernels); `carried` is made of the first two fil
 CUDA tensor takes the path `fsvd_compile.phase` says. The ops have no gradient: they are for inference.
 """
 
-from fsvd_compile.kernels.attention import attention_aten, attention_reference, attention_triton
+from fsvd_compile.kernels.attention import (
+    attention_aten,
+    attention_reference,
+    attention_triton,
+    sdpa_of_any_length,
+)
 from fsvd_compile.kernels.carried import (
     expand_rms_aten,
     expand_rms_triton,
@@ -53,6 +58,7 @@ __all__ = [
     "rope_append_aten",
     "rope_append_reference",
     "rope_append_triton",
+    "sdpa_of_any_length",
     "shrink_aten",
     "shrink_reference",
     "shrink_rms_aten",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,11 +56,22 @@ def attention_reference(
     return torch.softmax(scores.masked_fill(hidden, 0), -1).masked_fill(hidden, 0) @ v
 
 
-def attention_aten(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention_aten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    any_length: bool = False,
+) -> Tensor:
     """`F.scaled_dot_product_attention`, the query heads of a group folded into the query length.
 
     K and V are passed as they are. The mask is copied only where its rows differ by token or head
     (then it grows by the group); the usual decode mask `[B, 1, 1, S]` is passed as it is.
+
+    Args:
+        any_length: The call may have other lengths next time, see `sdpa_of_any_length`; so has one of symbolic sizes.
 
     Returns:
         `[B, Hq, M, Dv]`, a view of a contiguous `[B, M, Hq, Dv]`.
@@ -71,9 +84,29 @@ def attention_aten(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
         mask = _typed_mask(_folded_mask(mask, kv_heads, group, m, k.shape[2]), q)
     if group > 1:
         q = q.reshape(b, kv_heads, group * m, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    any_length = any_length or not all(isinstance(size, int) for size in (*q.shape, *k.shape))
+    attend = sdpa_of_any_length if any_length else F.scaled_dot_product_attention
+    out = attend(q, k, v, attn_mask=mask, scale=scale)
     out = out.reshape(b, heads, m, dv).transpose(1, 2)
     return out.contiguous().view(b, m, heads, dv).transpose(1, 2)
+
+
+def sdpa_of_any_length(*args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` by flash or memory-efficient attention where torch would take cuDNN.
+
+    cuDNN is what torch prefers on compute capability 9.0, and it plans anew for every length of the keys: 40 ms a
+    decode step of any model whose KV cache grows (H200, torch 2.11, bench/NOTES.md). torch's switch is one for all
+    threads, so another one's attention may miss cuDNN while this function chooses.
+    """
+    backends = torch.backends.cuda
+    others = backends.flash_sdp_enabled() or backends.mem_efficient_sdp_enabled()
+    if not (others and backends.cudnn_sdp_enabled()):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+    backends.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(*args, **kwargs)
+    finally:
+        backends.enable_cudnn_sdp(True)
 
 
 def _folded_mask(mask: Tensor, kv_heads: int, group: int, m: int, s: int) -> Tensor:
@@ -503,7 +536,8 @@ def _fake(q, k, v, mask, scale):
 
 def _cuda(q, k, v, mask, scale):
     if phase_of(q.shape[2]) is Phase.PREFILL or q.dtype not in _triton.TRITON_DTYPES:
-        return attention_aten(q, k, v, mask, scale)
+        # Of a graph of fixed sizes, prefill was lowered to ATen.
+        return attention_aten(q, k, v, mask, scale, any_length=True)
     return attention_triton(q, k, v, mask, scale, pdl=_triton.supports_pdl(q.device))
 
 

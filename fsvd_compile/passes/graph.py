@@ -50,7 +50,11 @@ def same_shape(a: Iterable, b: Iterable) -> bool:
 
 def is_static(node: Any) -> bool:
     value = val(node)
-    return value is None or all(isinstance(s, int) for s in (*value.shape, *value.stride()))
+    return value is None or has_fixed_size(value)
+
+
+def has_fixed_size(value: torch.Tensor) -> bool:
+    return all(isinstance(s, int) for s in (*value.shape, *value.stride()))
 
 
 def tokens(node: Node) -> int | None:

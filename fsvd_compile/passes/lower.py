@@ -1,7 +1,8 @@
 """Choosing the implementation: fused ops stay where our kernels run and become ATen where Inductor does better.
 
 On a CPU, and for prefill on a GPU, a packed group gains nothing from staying packed: every member becomes its own
-GEMM again, the norm before it one fused loop, and the slices between them disappear.
+GEMM again, the norm before it one fused loop, and the slices between them disappear. Attention whose keys are of no
+fixed length goes to ATen, too: it runs outside of CUDA graphs, where two launches of ours cost a millisecond of host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from fsvd_compile.kernels import attention_aten, decode_attention_aten, rope_append_aten
+from fsvd_compile.kernels import (
+    attention_aten,
+    decode_attention_aten,
+    rope_append_aten,
+    sdpa_of_any_length,
+)
 from fsvd_compile.kernels.expand import activated
 from fsvd_compile.kernels.shrink import normed
 from fsvd_compile.passes.graph import Memory, emit, is_static, refresh_values, shape, tokens, val
@@ -50,6 +56,8 @@ def lower(graph: Graph, context: Context) -> int:
     for node in reversed(list(parts)):
         _finish(graph, node, parts[node])
     for node in list(graph.nodes):
+        if kind_of(node) == "sdpa" and context.device == "cuda" and _of_any_length(node):
+            node.target = sdpa_of_any_length
         if reads_weight_by_rows(node, context):
             given = arguments(node)
             value = emit(graph, node, node, gemv, given["input"], given["weight"], given["bias"])
@@ -94,8 +102,14 @@ def runs_as_aten(node: Node, context: Context) -> bool:
         return False
     if context.kernels == "aten" or context.device != "cuda":
         return True
+    if isinstance(arguments, Attention) and not is_static(arguments.k):
+        return True
     rows = _rows(arguments)
     return rows is not None and phase_of(rows) is Phase.PREFILL
+
+
+def _of_any_length(attention: Node) -> bool:
+    return not all(is_static(n) for n in attention.all_input_nodes)
 
 
 def _rows(
