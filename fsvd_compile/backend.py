@@ -124,30 +124,18 @@ def _compiled(
     if len(pieces) < 2:
         report.layers = [1]
         with (
-            _kernels_compiled(gm.graph.nodes, config, dynamic),
+            _kernels_compiled(gm.graph.nodes, not (off or dynamic)),
             _counted(list(gm.graph.nodes), report),
         ):
             whole = compile_fn(gm, example_inputs)
         return _graphed(whole, "step", static, written, config, report, off or dynamic)
 
-    compiled: dict[tuple, tuple[Piece, Callable]] = {}
-    keys = [piece.signature() for piece in pieces]
-    distinct = dict(zip(keys, pieces, strict=True)).values()
     some_fixed = any(piece.fixed for piece in pieces)
-    with _kernels_compiled(
-        (n for piece in distinct for n in piece.nodes), config, None if some_fixed else dynamic
-    ):
-        for i, piece in enumerate(pieces):
-            if keys[i] in compiled and not compiled[keys[i]][0].serves(piece):
-                keys[i] = (*keys[i], i)
-            if keys[i] not in compiled:
-                with _counted(piece.nodes, report):
-                    compiled[keys[i]] = piece, compile_piece(piece, compile_fn)
-    report.layers = [keys.count(key) for key in compiled]
-    functions = [compiled[key][1] for key in keys]
+    uncaptured = off or (None if some_fixed else dynamic)
+    functions = _lowered(pieces, compile_fn, uncaptured is None, report)
     if config.cuda_graphs != "layer" and not some_fixed:
         program = Program(gm.graph, pieces, functions)
-        return _graphed(program, "step", static, written, config, report, off or dynamic)
+        return _graphed(program, "step", static, written, config, report, uncaptured)
     index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     results = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
     kept = {storage(n) for n in results} - {None}
@@ -159,21 +147,34 @@ def _compiled(
         # its memory with that.
         inner = not any(n in results or storage(n) in kept for n in piece.outputs)
         reason = off or (None if piece.fixed else dynamic)
-        functions[i] = _graphed(
-            functions[i],
-            f"layer {i}",
-            fixed,
-            mutated,
-            config,
-            report,
-            reason,
-            borrow=inner,
-            alone=False,
-        )
-    if off is None and dynamic:
+        layer = functions[i], f"layer {i}", fixed, mutated, config, report, reason
+        functions[i] = _graphed(*layer, borrow=inner, alone=False)
+    if some_fixed:
         captured = sum(piece.fixed for piece in pieces)
         report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {dynamic}"
     return Program(gm.graph, pieces, functions)
+
+
+def _lowered(
+    pieces: list[Piece], compile_fn: Callable, captured: bool, report: GraphReport
+) -> list[Callable]:
+    """A function for each piece; pieces that are alike share one."""
+    signatures = [piece.signature() for piece in pieces]
+    distinct = dict(zip(signatures, pieces, strict=True)).values()
+    compiled: list[tuple[Piece, Callable]] = []
+    alike: dict[tuple, list[int]] = {}
+    chosen = []
+    with _kernels_compiled((n for piece in distinct for n in piece.nodes), captured):
+        for piece, signature in zip(pieces, signatures, strict=True):
+            twins = alike.setdefault(signature, [])
+            found = next((i for i in twins if compiled[i][0].serves(piece)), len(compiled))
+            if found == len(compiled):
+                with _counted(piece.nodes, report):
+                    compiled.append((piece, compile_piece(piece, compile_fn)))
+                twins.append(found)
+            chosen.append(found)
+    report.layers = [chosen.count(i) for i in range(len(compiled))]
+    return [compiled[i][1] for i in chosen]
 
 
 def _why_uncaptured(config: Config) -> str | None:
@@ -184,9 +185,7 @@ def _why_uncaptured(config: Config) -> str | None:
 
 
 @contextlib.contextmanager
-def _kernels_compiled(
-    nodes: Iterable[torch.fx.Node], config: Config, dynamic: str | None
-) -> Iterator[None]:
+def _kernels_compiled(nodes: Iterable[torch.fx.Node], captured: bool) -> Iterator[None]:
     """Our kernels for these operations, where sizes are known, are compiled when the block ends."""
     with contextlib.ExitStack() as stack:
         try:
@@ -196,7 +195,6 @@ def _kernels_compiled(
                 for n in ops
                 if all(is_static(a) for a in n.all_input_nodes)
             ]
-            captured = config.cuda_graphs != "off" and not dynamic
             stack.enter_context(compiling_ahead(calls, captured))
         except Exception as error:  # time is lost, nothing else
             log.warning(
@@ -231,7 +229,8 @@ def _graphed(
     """`fn` under CUDA-graph replay unless there is a reason against it; `report.graphs` says which."""
     if reason is not None:
         report.graphs = reason if reason.startswith("off") else f"off: {reason}"
-        log.info("flashsvd: %s runs without CUDA-graph capture: %s", name, report.graphs)
+        if alone:
+            log.info("flashsvd: a graph runs without CUDA-graph capture: %s", report.graphs)
         return fn
     report.graphs = config.cuda_graphs
     return GraphedCallable(

@@ -40,7 +40,7 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
     A graph of symbolic shapes stays whole if one of its pieces would not see a symbol that it needs.
 
     Args:
-        by_size: Cut where symbolic sizes begin and end, if what is of fixed sizes in between reads weights.
+        by_size: Cut where symbolic sizes begin and end, if what is of fixed sizes in between reads most weights.
     """
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     # A sub-graph (of a control-flow or attention operator) is a constant that a piece cannot take as an input.
@@ -55,7 +55,7 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     if by_size:
         pieces = _by_size(calls)
-        if any(p.fixed for p in pieces) and all(p.binds_its_symbols() for p in pieces):
+        if pieces and all(p.binds_its_symbols() for p in pieces):
             _hand_out_as_twins_do(pieces)
             return pieces
     pieces = [piece_of(run) for run in _runs(calls)]
@@ -68,7 +68,13 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
 
 
 def _by_size(calls: list[Node]) -> list[Piece]:
-    """Runs of fixed sizes that read weights, and what lies between them."""
+    """Runs of fixed sizes that read weights and what lies between them; none where most weights meet symbolic sizes.
+
+    There, in a prompt of any length, layers are what repeats, and a head of fixed size at the end is not worth them.
+    """
+    readers = [n for n in calls if _reads_weights(n)]
+    if 2 * sum(map(_is_fixed, readers)) <= len(readers):
+        return []
     runs = [(fixed, list(run)) for fixed, run in itertools.groupby(calls, _is_fixed)]
     worth = [(fixed and any(map(_reads_weights, run)), run) for fixed, run in runs]
     pieces = []
