@@ -118,7 +118,7 @@ def _compiled(
     """The rewritten graph through Inductor, layer by layer where it can be cut, and under CUDA graphs."""
     compile_fn = _inductor(config)
     static = {i for i, x in enumerate(example_inputs) if _has_static_address(x)}
-    off = _why_uncaptured(config)
+    off = _why_uncaptured(config, _device(example_inputs))
     dynamic = _dynamic(gm)
     pieces = cut(gm.graph, by_size=bool(dynamic) and off is None) if config.layers else []
     if len(pieces) < 2:
@@ -152,7 +152,17 @@ def _compiled(
     if some_fixed:
         captured = sum(piece.fixed for piece in pieces)
         report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {dynamic}"
-    return Program(gm.graph, pieces, functions)
+    return _one_at_a_time(Program(gm.graph, pieces, functions))
+
+
+def _one_at_a_time(program: Program) -> Callable:
+    """Calls of a program whose pieces lend their results to one another, see `GraphPool`."""
+
+    def call(*args: Any) -> Any:
+        with _pool.lock:
+            return program(*args)
+
+    return call
 
 
 def _lowered(
@@ -177,11 +187,13 @@ def _lowered(
     return [compiled[i][1] for i in chosen]
 
 
-def _why_uncaptured(config: Config) -> str | None:
-    """Why nothing is captured, whatever the graph is."""
+def _why_uncaptured(config: Config, device: str) -> str | None:
+    """Why nothing is captured, whatever the sizes are."""
     if config.cuda_graphs == "off":
         return "off"
-    return None if torch.cuda.is_available() else "off: no CUDA device"
+    if not torch.cuda.is_available():
+        return "off: no CUDA device"
+    return None if device == "cuda" else f"off: the inputs are on {device}"
 
 
 @contextlib.contextmanager

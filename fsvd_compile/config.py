@@ -27,7 +27,8 @@ class Config:
 
     Attributes:
         cuda_graphs: What is captured in a CUDA graph: the whole `"step"`, each `"layer"`, or nothing
-            (`"off"`). Ignored on devices without CUDA graphs and for graphs with dynamic shapes.
+            (`"off"`). Ignored on devices without CUDA graphs. Of a graph with dynamic shapes what lies between them
+            is captured if it reads most of the weights (a decode step whose KV cache grows), else nothing.
         max_captures: For how many address sets (KV caches, swapped weights) one compiled graph holds a
             capture at a time; the least recently used goes first.
         kernels: `"auto"` keeps our ops where their Triton kernels run (decode and few tokens on CUDA) and hands

@@ -102,7 +102,7 @@ def take(
     del cache  # before the next one needs the memory
     if kind is DynamicLayer and not _fits(layout, *shape, layers=len(layers)):
         log.warning(
-            "generate keeps the dynamic KV cache, whose graphs are not captured: a static one of %d positions is "
+            "generate keeps the dynamic KV cache, whose attention is not captured: a static one of %d positions is "
             "longer than %d or would take more than half of the free memory. A smaller max_new_tokens makes it fit.",
             layout.length,
             LONGEST,

@@ -80,12 +80,9 @@ class Piece:
         env = TracingContext.get().fake_mode.shape_env
         mine = set(self._symbols())
         for guard in list(env.guards):
-            asked = guard.expr.xreplace(pairs)
-            if (
-                guard.expr.free_symbols <= mine
-                and asked != guard.expr
-                and not env.evaluate_expr(asked)
-            ):
+            symbols = guard.expr.free_symbols
+            both = symbols <= mine and not symbols.isdisjoint(pairs)
+            if both and not env.evaluate_expr(guard.expr.xreplace(pairs)):
                 return False
         # What is within a range needs no guard.
         return all(env.bound_sympy(b).issubset(env.bound_sympy(a)) for a, b in pairs.items())

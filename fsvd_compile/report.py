@@ -23,7 +23,7 @@ class GraphReport:
         kernels: Per distinct piece: calls of our ops, library calls and kernels Inductor generated.
         weight_bytes: Bytes of the inputs every call reads whole (weights; embedding tables are not).
         linears: Dense linears that were left, by name.
-        graphs: How the graph is replayed: "step", "layer", or why it is not captured.
+        graphs: How the graph is replayed: "step", "layer", how many pieces of it are, or why none is.
         seconds: Wall time of the backend.
     """
 

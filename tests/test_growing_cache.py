@@ -28,7 +28,7 @@ def pool(monkeypatch):
     pool = GraphPool(api=FakeApi())
     monkeypatch.setattr(backend, "_pool", pool)
     monkeypatch.setattr(backend, "_device", lambda inputs: "cuda")
-    monkeypatch.setattr(backend, "_why_uncaptured", lambda config: None)
+    monkeypatch.setattr(backend, "_why_uncaptured", lambda *given: None)
     return pool
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -44,8 +45,64 @@ def test_fp32_like_eager(captures, name, spelling):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_fp32_like_eager_with_a_dynamic_cache(name):
-    check_decoder(name, SPELLINGS[name], dynamic, steps=6, device="cuda")
+def test_fp32_like_eager_with_a_dynamic_cache(captures, name):
+    reports = check_decoder(name, SPELLINGS[name], dynamic, steps=6, device="cuda")
+    assert "pieces" in reports[-1].graphs
+    layers = {name: n for name, n in captures.captures.items() if "layer" in name}
+    # Of five steps of any length one warms up, one captures and replays, three replay.
+    assert layers and all(n == 1 for n in layers.values())
+    assert all(captures.replays[name] == 4 for name in layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_growing_caches_in_turn_with_a_mask(name):
+    """Two texts of their own lengths by turns, one with padding on the left; what was handed out stays as it was."""
+    model, wide = half(name, torch.bfloat16, SPELLINGS[name])
+    masks = [None, torch.ones(2, 9, dtype=torch.long, device="cuda")]
+    masks[1][0, :3] = 0
+    prompts = [torch.randint(1, 97, (2, n), device="cuda") for n in (6, 9)]
+
+    def turns(model, forced=None):
+        caches, ids, found = [dynamic(model, 2), dynamic(model, 2)], list(prompts), []
+        given = list(masks)
+        with torch.no_grad():
+            for step in range(20):
+                at = step % 2
+                extra = {} if given[at] is None else {"attention_mask": given[at]}
+                out = model(ids[at], past_key_values=caches[at], use_cache=True, **extra)
+                found.append(out.logits[:, -1])
+                ids[at] = found[-1][:, None].argmax(-1) if forced is None else forced[step]
+                if given[at] is not None:
+                    given[at] = torch.cat([given[at], given[at].new_ones(2, 1)], 1)
+        return torch.stack(found)
+
+    expected = turns(wide)
+    tokens = list(expected.argmax(-1)[..., None])
+    eager = turns(model, tokens)
+    with collect() as reports:
+        ours = turns(torch.compile(model, backend="flashsvd"), tokens)
+    assert_close(name, ours, expected, 1.1 * rel_rms(eager, expected))
+    assert any("pieces" in report.graphs for report in reports)
+
+
+def test_growing_caches_in_threads():
+    """Pieces lend results to one another: two threads that decode at once do not see each other's."""
+    model = zoo.factorized("llama").to("cuda")
+    compiled = torch.compile(model, backend="flashsvd")
+    prompts = [torch.randint(1, 97, (1, 7), device="cuda") for _ in range(2)]
+    expected = [run(model, prompt, 24, dynamic(model, 1))[0] for prompt in prompts]
+    run(compiled, prompts[0], 6, dynamic(model, 1))
+
+    def decode(prompt):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = run(compiled, prompt, 24, dynamic(model, 1))[0]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as threads:
+        for ours, right in zip(threads.map(decode, prompts), expected, strict=True):
+            assert_close("logits", ours, right, 1e-5)
 
 
 @pytest.mark.parametrize("graphs", ["layer", "off"])
