@@ -26,7 +26,7 @@ from fsvd_compile.passes import vmap
 from fsvd_compile.passes.graph import has_fixed_size, is_input, val
 from fsvd_compile.passes.ops import name_of
 from fsvd_compile.passes.vocabulary import kind_of
-from fsvd_compile.pieces import Piece, piece_of
+from fsvd_compile.pieces import Piece, is_size, named_symbols, piece_of
 
 # Shorter runs are not worth a call of their own: the call costs about 20 us of Python on the host.
 MIN_NODES = 6
@@ -52,6 +52,7 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
         return [piece_of(calls)]
     _bring_views_home(graph)
     _take_every_result(graph)
+    _compute_sizes_at_home(graph)
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     if by_size:
         pieces = _by_size(calls)
@@ -139,6 +140,27 @@ def _bring_views_home(graph: Graph) -> None:
             first = min(node.users)
             if vmap.stretch_of(first) is None:
                 first.prepend(node)
+
+
+def _compute_sizes_at_home(graph: Graph) -> None:
+    """Sizes are computed from the graph's inputs by each operation that reads them, so that no piece is handed one."""
+    named = named_symbols(graph)
+    for node in reversed(list(graph.nodes)):
+        if not is_size(node) or vmap.stretch_of(node) is not None:
+            continue
+        symbol = named.get(node.meta["example_value"].node.expr)
+        computed = node.op == "call_function" and all(map(is_size, node.all_input_nodes))
+        if symbol is node or (symbol is None and not computed):
+            continue
+        for user in [n for n in node.users if n.op != "output" and vmap.stretch_of(n) is None]:
+            own = symbol
+            if own is None:
+                with graph.inserting_before(user):
+                    own = graph.node_copy(node)
+                own.meta = {**user.meta, "example_value": node.meta["example_value"]}
+            user.replace_input_with(node, own)
+        if not node.users and node.op != "placeholder":
+            graph.erase_node(node)
 
 
 def _take_every_result(graph: Graph) -> None:

@@ -59,14 +59,17 @@ class Piece:
         return any(val(n) is None or not is_static(n) for n in self.inputs)
 
     def binds_its_symbols(self) -> bool:
-        """Whether every symbol in a layout is an input itself or the plain size of one, where Inductor finds it."""
-        known: set[Any] = set()
-        for node in self.inputs:
-            value = val(node)
-            if not all(isinstance(size, (int, torch.SymInt)) for size in _sizes(node)):
-                return False  # a computed float: Inductor would fix what it is computed from
-            known |= {_expression(s) for s in (_sizes(node) if value is None else value.shape)}
-        return set(self._symbols()) <= known
+        """Whether every symbol is an input itself and every number that is an input is a symbol, or known.
+
+        So Inductor finds them, and its cache on disk, which keeps guards on numbers and on nothing else.
+        """
+        numbers = [n.meta["example_value"] for n in self.inputs if val(n) is None]
+        # Of a computed float Inductor would fix what it is computed from, and so would its hash.
+        if not all(isinstance(number, (int, torch.SymInt)) for number in numbers):
+            return False
+        known = {_expression(number) for number in numbers}
+        plain = all(isinstance(n, (int, sympy.Integer, sympy.Symbol)) for n in known)
+        return plain and set(self._symbols()) <= known
 
     def serves(self, other: Piece) -> bool:
         """Whether what was compiled for this piece serves one of the same signature; its guards are then on both.
@@ -144,10 +147,28 @@ def _target_name(node: Node) -> str:
 
 
 def piece_of(nodes: list[Node]) -> Piece:
+    """The piece of these nodes; the graph's inputs that are the symbols it meets are inputs of it, too."""
     inside = set(nodes)
     inputs = list(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    return Piece(nodes, inputs, outputs)
+    piece = Piece(nodes, inputs, outputs)
+    if symbols := piece._symbols():
+        named = named_symbols(nodes[0].graph)
+        found = [named[symbol] for symbol in symbols if symbol in named]
+        piece.inputs = list(dict.fromkeys((*inputs, *found)))
+    return piece
+
+
+def named_symbols(graph: Graph) -> dict[sympy.Symbol, Node]:
+    """The graph's inputs that are symbols; of several that were found to be equal the first."""
+    sizes = [n for n in graph.nodes if n.op == "placeholder" and is_size(n)]
+    return {n.meta["example_value"].node.expr: n for n in reversed(sizes)}
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node is a symbolic size that is known when the graph is called."""
+    size = node.meta.get("example_value")
+    return isinstance(size, torch.SymInt) and not free_unbacked_symbols(size)
 
 
 Compile = Callable[[GraphModule, list[Any]], Callable]
@@ -190,5 +211,13 @@ def _set_values(graph: Graph, inputs: list[Any]) -> None:
 def _fake_input(node: Node) -> Any:
     value = val(node)
     if value is None:
-        return node.meta["example_value"]
+        return _renamed(node.meta["example_value"])
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _renamed(number: Any) -> Any:
+    """A size by the name that it has now: one found to be another's equal would bring its first one to Inductor."""
+    if not isinstance(number, torch.SymInt):
+        return number
+    node = number.node
+    return node.shape_env.create_symintnode(node.expr, hint=node.hint)
