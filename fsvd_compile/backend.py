@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
@@ -35,7 +36,7 @@ from fsvd_compile.passes.graph import is_input, is_static, storage, tokens, val,
 from fsvd_compile.passes.ops import Expand, ExpandRms, Shrink, ShrinkRms, name_of, read
 from fsvd_compile.passes.vocabulary import arguments, kind_of
 from fsvd_compile.phase import phase_of
-from fsvd_compile.pieces import Piece, compile_piece
+from fsvd_compile.pieces import Piece, compile_piece, is_size
 from fsvd_compile.report import GraphReport, forget_warnings, publish, warn_once
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,9 @@ def _compiled(
     static = {i for i, x in enumerate(example_inputs) if _has_static_address(x)}
     off = _why_uncaptured(config, _device(example_inputs))
     dynamic = _dynamic(gm)
-    pieces = cut(gm.graph, by_size=bool(dynamic) and off is None) if config.layers else []
+    # A number that is an input, as the tokens that a sliding window holds, is another one in every step.
+    changing = dynamic or _changing(gm)
+    pieces = cut(gm.graph, by_size=bool(changing) and off is None) if config.layers else []
     if len(pieces) < 2:
         report.layers = [1]
         with (
@@ -133,11 +136,14 @@ def _compiled(
     some_fixed = any(piece.fixed for piece in pieces)
     uncaptured = off or (None if some_fixed else dynamic)
     functions = _lowered(pieces, compile_fn, uncaptured is None, report)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    program = functools.partial(Program, placeholders, output.args[0], pieces)
     if config.cuda_graphs != "layer" and not some_fixed:
-        program = Program(gm.graph, pieces, functions)
-        return _graphed(program, "step", static, written, config, report, uncaptured)
-    index = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    results = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
+        whole = program(functions)
+        return _graphed(whole, "step", static, written, config, report, uncaptured)
+    index = {n: i for i, n in enumerate(placeholders)}
+    results = output.all_input_nodes
     kept = {storage(n) for n in results} - {None}
     for i, piece in enumerate(pieces):
         ids = [index.get(n) for n in piece.inputs]
@@ -146,13 +152,13 @@ def _compiled(
         # What only later pieces read may lie in the graph's own memory; what the caller gets may not, nor what shares
         # its memory with that.
         inner = not any(n in results or storage(n) in kept for n in piece.outputs)
-        reason = off or (None if piece.fixed else dynamic)
+        reason = off or (None if piece.fixed else changing if some_fixed else dynamic)
         layer = functions[i], f"layer {i}", fixed, mutated, config, report, reason
         functions[i] = _graphed(*layer, borrow=inner, alone=False)
     if some_fixed:
         captured = sum(piece.fixed for piece in pieces)
-        report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {dynamic}"
-    return _one_at_a_time(Program(gm.graph, pieces, functions))
+        report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {changing}"
+    return _one_at_a_time(program(functions))
 
 
 def _one_at_a_time(program: Program) -> Callable:
@@ -169,22 +175,31 @@ def _lowered(
     pieces: list[Piece], compile_fn: Callable, captured: bool, report: GraphReport
 ) -> list[Callable]:
     """A function for each piece; pieces that are alike share one."""
-    signatures = [piece.signature() for piece in pieces]
-    distinct = dict(zip(signatures, pieces, strict=True)).values()
+    units = [unit for piece in pieces for unit in piece.units]
+    signatures = [unit.signature() for unit in units]
+    distinct = dict(zip(signatures, units, strict=True)).values()
     compiled: list[tuple[Piece, Callable]] = []
     alike: dict[tuple, list[int]] = {}
     chosen = []
-    with _kernels_compiled((n for piece in distinct for n in piece.nodes), captured):
-        for piece, signature in zip(pieces, signatures, strict=True):
+    with _kernels_compiled((n for unit in distinct for n in unit.nodes), captured):
+        for unit, signature in zip(units, signatures, strict=True):
             twins = alike.setdefault(signature, [])
-            found = next((i for i in twins if compiled[i][0].serves(piece)), len(compiled))
+            found = next((i for i in twins if compiled[i][0].serves(unit)), len(compiled))
             if found == len(compiled):
-                with _counted(piece.nodes, report):
-                    compiled.append((piece, compile_piece(piece, compile_fn)))
+                with _counted(unit.nodes, report):
+                    compiled.append((unit, compile_piece(unit, compile_fn)))
                 twins.append(found)
             chosen.append(found)
     report.layers = [chosen.count(i) for i in range(len(compiled))]
-    return [compiled[i][1] for i in chosen]
+    functions = iter([compiled[i][1] for i in chosen])
+    return [
+        Program(
+            piece.inputs, tuple(piece.outputs), piece.parts, [next(functions) for _ in piece.parts]
+        )
+        if piece.parts
+        else next(functions)
+        for piece in pieces
+    ]
 
 
 def _why_uncaptured(config: Config, device: str) -> str | None:
@@ -361,6 +376,13 @@ def _has_effect(node: torch.fx.Node) -> bool:
 def _dynamic(gm: GraphModule) -> str | None:
     symbolic = next((n for n in gm.graph.nodes if not is_static(n)), None)
     return None if symbolic is None else f"{symbolic.name} has a dynamic shape"
+
+
+def _changing(gm: GraphModule) -> str | None:
+    number = next(
+        (n for n in gm.graph.nodes if n.op == "placeholder" and is_size(n) and n.users), None
+    )
+    return None if number is None else f"{number.name} is a number that changes"
 
 
 def _describe(graph: torch.fx.Graph, report: GraphReport) -> None:

@@ -57,13 +57,11 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
     if by_size:
         pieces = _by_size(calls)
         if pieces and all(p.binds_its_symbols() for p in pieces):
-            _hand_out_as_twins_do(pieces)
+            _hand_out_as_twins_do([unit for piece in pieces for unit in piece.units])
             return pieces
     pieces = [piece_of(run) for run in _runs(calls)]
     _hand_out_as_twins_do(pieces)
-    repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
-    repeats = any(count > 1 for count in repeated.values())
-    if not repeats or not all(p.binds_its_symbols() for p in pieces):
+    if not _repeat(pieces) or not all(p.binds_its_symbols() for p in pieces):
         return [piece_of(calls)]
     return pieces
 
@@ -82,8 +80,17 @@ def _by_size(calls: list[Node]) -> list[Piece]:
     for fixed, several in itertools.groupby(worth, operator.itemgetter(0)):
         piece = piece_of([node for _, run in several for node in run])
         piece.fixed = fixed
+        if fixed:
+            parts = [piece_of(run) for run in _runs(piece.nodes)]
+            piece.parts = parts if _repeat(parts) else []
         pieces.append(piece)
     return pieces
+
+
+def _repeat(pieces: list[Piece]) -> bool:
+    """Whether there are layers among them."""
+    repeated = Counter(p.signature() for p in pieces if len(p.nodes) >= MIN_NODES)
+    return any(count > 1 for count in repeated.values())
 
 
 def _is_fixed(node: Node) -> bool:
@@ -143,14 +150,16 @@ def _bring_views_home(graph: Graph) -> None:
 
 
 def _compute_sizes_at_home(graph: Graph) -> None:
-    """Sizes are computed from the graph's inputs by each operation that reads them, so that no piece is handed one."""
+    """Sizes are computed from the graph's inputs by each operation that reads them, so that no piece is handed one.
+
+    Those that the graph returns are computed before all else, where they part nothing.
+    """
     named = named_symbols(graph)
     for node in reversed(list(graph.nodes)):
         if not is_size(node) or vmap.stretch_of(node) is not None:
             continue
         symbol = named.get(node.meta["example_value"].node.expr)
-        computed = node.op == "call_function" and all(map(is_size, node.all_input_nodes))
-        if symbol is node or (symbol is None and not computed):
+        if symbol is node or (symbol is None and not _computed_from_sizes(node)):
             continue
         for user in [n for n in node.users if n.op != "output" and vmap.stretch_of(n) is None]:
             own = symbol
@@ -161,6 +170,20 @@ def _compute_sizes_at_home(graph: Graph) -> None:
             user.replace_input_with(node, own)
         if not node.users and node.op != "placeholder":
             graph.erase_node(node)
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for node in next(n for n in graph.nodes if n.op == "output").all_input_nodes:
+        _move_size(node, first)
+
+
+def _computed_from_sizes(node: Node) -> bool:
+    return node.op == "call_function" and is_size(node) and all(map(is_size, node.all_input_nodes))
+
+
+def _move_size(node: Node, before: Node) -> None:
+    if node is not before and _computed_from_sizes(node):
+        for source in node.all_input_nodes:
+            _move_size(source, before)
+        before.prepend(node)
 
 
 def _take_every_result(graph: Graph) -> None:
@@ -199,24 +222,39 @@ def _hand_out_as_twins_do(pieces: list[Piece]) -> None:
 class Program:
     """Compiled pieces called in order.
 
+    Args:
+        inputs: What a call gives.
+        results: What it returns: nodes in a tuple, or whatever a graph's output holds.
+        pieces, functions: In order.
+
     Attributes:
         steps: Per call: the function, which values it reads, and which values its results become; values are
-            numbered, the graph's inputs first.
+            numbered, the inputs first.
     """
 
-    def __init__(self, graph: Graph, pieces: Sequence[Piece], functions: Sequence[Callable]):
-        slots = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    def __init__(
+        self,
+        inputs: Sequence[Node],
+        results: Any,
+        pieces: Sequence[Piece],
+        functions: Sequence[Callable],
+    ):
+        slots = {n: i for i, n in enumerate(inputs)}
+        self._inputs = len(slots)
         for piece in pieces:
             for node in (*piece.inputs, *piece.outputs):
                 slots.setdefault(node, len(slots))
-        output = next(n for n in graph.nodes if n.op == "output")
-        self._result = map_arg(output.args[0], lambda n: _Slot(slots[n]))
-        kept = {slots[n] for n in output.all_input_nodes}
-        self._inputs = sum(1 for n in graph.nodes if n.op == "placeholder")
+        kept: set[int] = set()
+
+        def keep(node: Node) -> _Slot:
+            kept.add(slots[node])
+            return _Slot(slots[node])
+
+        self._result = map_arg(results, keep)
         self._constants = [
-            (slots[n], operator.attrgetter(n.target)(graph.owning_module))
-            for n in slots
-            if n.op == "get_attr"
+            (slot, operator.attrgetter(n.target)(n.graph.owning_module))
+            for n, slot in slots.items()
+            if n.op == "get_attr" and slot >= self._inputs
         ]
         self._size = len(slots)
         self.steps: list[tuple[Callable, list[int], list[int], list[int]]] = []

@@ -24,12 +24,19 @@ class Piece:
 
     Attributes:
         fixed: Whether no size in it depends on a symbol, though sizes elsewhere in the graph do.
+        parts: The layers it consists of, if it does.
     """
 
     nodes: list[Node]
     inputs: list[Node]
     outputs: list[Node]
     fixed: bool = False
+    parts: list[Piece] = dataclasses.field(default_factory=list)
+
+    @property
+    def units(self) -> list[Piece]:
+        """What is compiled by itself."""
+        return self.parts or [self]
 
     def signature(self) -> tuple:
         """What makes two pieces the same function: operations, constants, and how inputs lie in memory.
