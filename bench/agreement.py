@@ -19,6 +19,7 @@ from transformers import StaticCache
 
 import fsvd_compile
 from fsvd_compile import bench
+from fsvd_compile.kept_cache import argument
 
 
 def main() -> None:
@@ -81,12 +82,13 @@ def follow(
     choices = torch.empty(len(prompts), new, dtype=torch.long, device=prompts.device)
     loss = 0.0
     cache = StaticCache(config=model.config, max_cache_len=prompts.shape[1] + new)
+    given = {argument(getattr(model, "_orig_mod", model)): cache, "use_cache": True}
     for row, prompt in enumerate(prompts):
         cache.reset()
-        model(prompt[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(prompt[None, :-1], logits_to_keep=1, **given)
         token = prompt[None, -1:]
         for step in range(new):
-            logits = model(token, past_key_values=cache, use_cache=True).logits[:, -1].float()
+            logits = model(token, **given).logits[:, -1].float()
             choices[row, step] = logits.argmax()
             follows = choices if forced is None else forced
             token = follows[row, step].view(1, 1)

@@ -18,6 +18,7 @@ from transformers import StaticCache
 
 import fsvd_compile
 from fsvd_compile import bench
+from fsvd_compile.kept_cache import argument
 
 STEPS = 6
 
@@ -111,6 +112,7 @@ class Decoder:
     def __init__(self, model, prompt: torch.Tensor, length: int, **how: str):
         self.forward = torch.compile(model, dynamic=False, **how) if how else model
         self.prompt = self.token = prompt
+        self.name = argument(model)  # transformers 5.24 has renamed it
         config = model.config
         self.cache = StaticCache(config, max_cache_len=length)
         # Allocated now: a cache that appears inside a compiled prefill has no static address.
@@ -119,7 +121,7 @@ class Decoder:
         )
 
     def inputs(self) -> dict:
-        return {"input_ids": self.token, "past_key_values": self.cache, "logits_to_keep": 1}
+        return {"input_ids": self.token, self.name: self.cache, "logits_to_keep": 1}
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
