@@ -153,12 +153,15 @@ def _compiled(
         # its memory with that.
         inner = not any(n in results or storage(n) in kept for n in piece.outputs)
         reason = off or (None if piece.fixed else changing if some_fixed else dynamic)
+        others = (n for k, n in enumerate(piece.inputs) if k not in mutated)
+        if reason is None and piece.writes(others):  # a capture would write its copy
+            reason = "a layer writes what another one has made"
         layer = functions[i], f"layer {i}", fixed, mutated, config, report, reason
         functions[i] = _graphed(*layer, borrow=inner, alone=False)
+    captured = sum(isinstance(function, GraphedCallable) for function in functions)
     if some_fixed:
-        captured = sum(piece.fixed for piece in pieces)
         report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {changing}"
-    return _one_at_a_time(program(functions))
+    return _one_at_a_time(program(functions)) if captured else program(functions)
 
 
 def _one_at_a_time(program: Program) -> Callable:

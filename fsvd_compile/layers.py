@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes import vmap
@@ -48,7 +49,8 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
         n.op == "call_module" or (n.op == "get_attr" and val(n) is None) for n in graph.nodes
     )
     # What a tensor holds (a float of the model, with dynamic=True) is known to the whole graph's inputs only.
-    if bodies or any(n.target in ("item", torch.ops.aten.item.default) for n in calls):
+    read = any(n.target in ("item", torch.ops.aten.item.default) for n in calls)
+    if bodies or read or any(map(_is_unbacked, calls)):
         return [piece_of(calls)]
     _bring_views_home(graph)
     _take_every_result(graph)
@@ -56,14 +58,26 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     if by_size:
         pieces = _by_size(calls)
-        if pieces and all(p.binds_its_symbols() for p in pieces):
+        if pieces and all(map(_can_stand_alone, pieces)):
             _hand_out_as_twins_do([unit for piece in pieces for unit in piece.units])
             return pieces
     pieces = [piece_of(run) for run in _runs(calls)]
     _hand_out_as_twins_do(pieces)
-    if not _repeat(pieces) or not all(p.binds_its_symbols() for p in pieces):
+    if not _repeat(pieces) or not all(map(_can_stand_alone, pieces)):
         return [piece_of(calls)]
     return pieces
+
+
+def _can_stand_alone(piece: Piece) -> bool:
+    return piece.binds_its_symbols() and not any(u.writes_what_inputs_share() for u in piece.units)
+
+
+def _is_unbacked(node: Node) -> bool:
+    """Whether a size is known only when the graph has run so far, as that of `nonzero`."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        return not has_fixed_size(value) and bool(free_unbacked_symbols(value))
+    return isinstance(value, torch.SymInt) and bool(free_unbacked_symbols(value))
 
 
 def _by_size(calls: list[Node]) -> list[Piece]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -15,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.node import map_arg
 
 from fsvd_compile.passes import vmap
-from fsvd_compile.passes.graph import is_static, set_value, storage, val
+from fsvd_compile.passes.graph import is_static, set_value, storage, val, written_by
 
 
 @dataclasses.dataclass
@@ -25,6 +26,8 @@ class Piece:
     Attributes:
         fixed: Whether no size in it depends on a symbol, though sizes elsewhere in the graph do.
         parts: The layers it consists of, if it does.
+        symbols: Those that inputs' sizes and strides are made of, in order, when the signature was asked for: what is
+            compiled later may find some of them equal, or constant.
     """
 
     nodes: list[Node]
@@ -32,6 +35,7 @@ class Piece:
     outputs: list[Node]
     fixed: bool = False
     parts: list[Piece] = dataclasses.field(default_factory=list)
+    symbols: list[sympy.Symbol] = dataclasses.field(default_factory=list)
 
     @property
     def units(self) -> list[Piece]:
@@ -49,7 +53,8 @@ class Piece:
              repr(map_arg(node.kwargs, lambda n: _Ref(local[n]))))
             for node in self.nodes
         )  # fmt: skip
-        names = {symbol: sympy.Symbol(f"n{i}") for i, symbol in enumerate(self._symbols())}
+        self.symbols = self._symbols()
+        names = {symbol: sympy.Symbol(f"n{i}") for i, symbol in enumerate(self.symbols)}
         memory: dict[int | None, int] = {}
         layout = tuple(
             n  # what is known when the graph runs only: shared with nobody
@@ -70,7 +75,7 @@ class Piece:
 
         So Inductor finds them, and its cache on disk, which keeps guards on numbers and on nothing else.
         """
-        numbers = [n.meta["example_value"] for n in self.inputs if val(n) is None]
+        numbers = [_number(n) for n in self.inputs if val(n) is None]
         # Of a computed float Inductor would fix what it is computed from, and so would its hash.
         if not all(isinstance(number, (int, torch.SymInt)) for number in numbers):
             return False
@@ -84,11 +89,11 @@ class Piece:
         The guards that hold for this piece's symbols, among them those that the compiler relies on, are asked of the
         other's, which makes them guards of the graph. So the two differ in symbols that were not told apart.
         """
-        pairs = {a: b for a, b in zip(self._symbols(), other._symbols(), strict=True) if a != b}
+        pairs = {a: b for a, b in zip(self.symbols, other.symbols, strict=True) if a != b}
         if not pairs:
             return True
         env = TracingContext.get().fake_mode.shape_env
-        mine = set(self._symbols())
+        mine = set(self.symbols)
         for guard in list(env.guards):
             symbols = guard.expr.free_symbols
             both = symbols <= mine and not symbols.isdisjoint(pairs)
@@ -97,8 +102,17 @@ class Piece:
         # What is within a range needs no guard.
         return all(env.bound_sympy(b).issubset(env.bound_sympy(a)) for a, b in pairs.items())
 
+    def writes(self, values: Iterable[Node]) -> bool:
+        """Whether it writes memory that one of these values lies in."""
+        memory = {storage(n) for n in values} - {None}
+        return any(storage(target) in memory for n in self.nodes for target in written_by(n))
+
+    def writes_what_inputs_share(self) -> bool:
+        """Whether it writes memory that several of its inputs lie in: compiled, each has memory of its own."""
+        held = Counter(storage(n) for n in self.inputs)
+        return self.writes(n for n in self.inputs if held[storage(n)] > 1)
+
     def _symbols(self) -> list[sympy.Symbol]:
-        """The symbols that inputs' sizes and strides are made of, in order."""
         found = {
             symbol: None
             for n in self.inputs
@@ -123,14 +137,19 @@ class Piece:
 def _sizes(node: Node) -> tuple[Any, ...]:
     """Sizes and strides of a tensor, or a number itself."""
     value = val(node)
-    return (node.meta["example_value"],) if value is None else (*value.shape, *value.stride())
+    return (_number(node),) if value is None else (*value.shape, *value.stride())
+
+
+def _number(node: Node) -> Any:
+    """What a node is that is no tensor; None for a sub-graph, or what a context manager returned."""
+    return node.meta.get("example_value")
 
 
 def _kind(node: Node, memory: dict[int | None, int], i: int) -> tuple:
     """What else a compiled function knows of its input number i; `memory` has the storages seen before."""
     value = val(node)
     if value is None:
-        return (type(node.meta["example_value"]),)
+        return (type(_number(node)),)
     return value.dtype, value.device, memory.setdefault(storage(node), i)
 
 

@@ -289,3 +289,25 @@ def test_on_a_gpu_only_parameters_and_buffers_are_read_ahead(stored):
     matches, reasons = seen["lowrank_chain"]
     assert matches == (3 if stored else 0)
     assert stored or all("no parameter or buffer" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_branches_that_depend_on_values(dynamic):
+    """`torch.cond`: its branches are sub-graphs, which have no value."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = LowRankLinear(8, 8, 2)
+            self.requires_grad_(False)
+
+        def forward(self, x):
+            x = self.chain(x)
+            return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+
+    model = Branching()
+    compiled = torch.compile(model, backend="flashsvd", dynamic=dynamic)
+    with torch.no_grad():
+        for sign in (1, -1):
+            x = sign * torch.randn(2, 8)
+            assert_close("branch", compiled(x), model(x), 1e-5)

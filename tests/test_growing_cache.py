@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from itertools import chain
 
 import pytest
@@ -13,6 +15,7 @@ from fake_cuda import FakeApi
 from harness import assert_close
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._pytree import tree_leaves
 
 from fsvd_compile import LowRankLinear, backend
 from fsvd_compile.cuda_graph import GraphPool
@@ -212,6 +215,104 @@ def test_what_shares_memory_with_a_result_is_not_lent(pool, lowered):
     for ours, theirs in found:
         for mine, right in zip(ours, theirs, strict=True):
             assert_close("result", mine, right, 1e-5)
+
+
+def check_calls(model, inputs, lengths=(5, 6, 7, 8, 9), inference=False):
+    """Calls from caches of these lengths, inputs written in place included; returns the reports."""
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="flashsvd")
+    context = torch.inference_mode if inference else torch.no_grad
+    with context(), collect() as reports:
+        for length in lengths:
+            given = inputs(length)
+            twins = copy.deepcopy(given)
+            for ours, right in zip(
+                tree_leaves((compiled(*given), given)),
+                tree_leaves((eager(*twins), twins)),
+                strict=True,
+            ):
+                assert_close("result", ours, right, 1e-5)
+    return reports
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_piece_that_writes_what_attention_made_is_not_captured(pool, lowered, inference):
+    class Clamped(Model):
+        def forward(self, x, caches):
+            found = []
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                h = F.scaled_dot_product_attention(layer.q(x)[:, None], keys, values)
+                x = x + layer.o(h[:, 0])
+                h.clamp_(min=0)
+                x = x + layer.down(F.gelu(layer.up(x))) + h[:, 0]
+                found.append(h)
+            return self.head(x), found
+
+    def inputs(length):
+        return torch.randn(1, 1, 32), [[torch.randn(1, 1, length, 32) for _ in "kv"] for _ in "12"]
+
+    reports = check_calls(Clamped(2), inputs, inference=inference)
+    assert "of 5 pieces" in reports[-1].graphs and not reports[-1].graphs.startswith("3")
+
+
+def test_a_view_that_is_read_behind_a_write_of_its_base_leaves_the_graph_whole(pool, lowered):
+    class Viewed(Model):
+        def forward(self, x, caches, buffer):
+            view = buffer.view(-1)[2:]
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                y, *_ = layer(x + view.sum(), keys, values)
+                buffer.add_(y.flatten())
+                x = x + y + view.sum()
+            return self.head(x)
+
+    reports = check_calls(
+        Viewed(2), lambda n: (torch.randn(1, 1, 32), caches([n] * 2), torch.randn(32))
+    )
+    assert reports[-1].graphs.startswith("off: ") and reports[-1].layers == [1]
+
+
+def test_a_length_that_the_compiler_fixes_is_fixed_for_its_twins(pool):
+    """Inductor makes the length of pooled keys a constant, of one layer; its twins' are then, too."""
+
+    class Pooled(Model):
+        def forward(self, x, caches):
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                x, keys, _ = layer(x, keys, values)
+                x = x + F.adaptive_avg_pool2d(keys, (4, 8)).mean()
+            return self.head(x)
+
+    def inputs(length):
+        return torch.randn(1, 1, 32), caches([length, length + 2 * (length == 8)])
+
+    check_calls(Pooled(2), inputs, lengths=(5, 6, 6, 8, 6))
+
+
+def test_sizes_that_are_known_late_leave_the_graph_whole(pool, lowered):
+    class Counted(Model):
+        def forward(self, x, caches):
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                x, *_ = layer(x, keys, values)
+                h = self.layers[0].up(x).flatten()
+                x = x + h[h > 0].sum() * 0.1
+            return self.head(x)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        reports = check_calls(Counted(2), lambda n: (torch.randn(1, 1, 32), caches([n] * 2)))
+    assert reports[-1].layers == [1]
+
+
+def test_attention_whose_result_lies_otherwise(pool, monkeypatch):
+    """What is compiled behind it is for the kernel that runs, not for the one that torch would have chosen."""
+
+    def other(*args, **kwargs):
+        return plain(*args, **kwargs).contiguous()
+
+    plain, lower = F.scaled_dot_product_attention, sys.modules["fsvd_compile.passes.lower"]
+    other.__module__ = lower.__name__
+    monkeypatch.setattr(lower, "sdpa_of_any_length", other)
+    model = Model(2)
+    reports = check_calls(model, lambda n: (torch.randn(1, 3, 32), caches([n] * 2)))
+    assert "pieces" in reports[-1].graphs
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -281,10 +281,12 @@ class Memory:
         return sorted({user for holder in self.holders(memory) for user in holder.users})
 
 
-def emit(graph: Graph, before: Node, like: Node, target: Callable, *args: Any) -> Node:
-    """Insert `target(*args)` before a node, with its fake value, at the place in the model of `like`."""
+def emit(
+    graph: Graph, before: Node, like: Node, target: Callable, *args: Any, **kwargs: Any
+) -> Node:
+    """Insert `target(*args, **kwargs)` before a node, with its fake value, at the place in the model of `like`."""
     with graph.inserting_before(before):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs)
     for key in _INHERITED_META:
         if key in like.meta:
             node.meta[key] = like.meta[key]

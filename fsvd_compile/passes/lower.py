@@ -57,7 +57,11 @@ def lower(graph: Graph, context: Context) -> int:
         _finish(graph, node, parts[node])
     for node in list(graph.nodes):
         if kind_of(node) == "sdpa" and context.device == "cuda" and _of_any_length(node):
-            node.target = sdpa_of_any_length
+            # A node of its own: its result may lie otherwise than cuDNN's would.
+            value = emit(graph, node, node, sdpa_of_any_length, *node.args, **node.kwargs)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+            continue
         if reads_weight_by_rows(node, context):
             given = arguments(node)
             value = emit(graph, node, node, gemv, given["input"], given["weight"], given["bias"])
