@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from fsvd_compile.passes import vmap
 from fsvd_compile.passes.graph import has_fixed_size, is_input, val
 from fsvd_compile.passes.ops import name_of
+from fsvd_compile.passes.rewrite import AS_STRIDED
 from fsvd_compile.passes.vocabulary import kind_of
 from fsvd_compile.pieces import Piece, is_size, named_symbols, piece_of
 
@@ -69,7 +70,16 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
 
 
 def _can_stand_alone(piece: Piece) -> bool:
-    return piece.binds_its_symbols() and not any(u.writes_what_inputs_share() for u in piece.units)
+    return piece.binds_its_symbols() and not any(
+        unit.writes_what_inputs_share() or any(_shows_all_of(n) in unit.inputs for n in unit.nodes)
+        for unit in piece.units
+    )
+
+
+def _shows_all_of(node: Node) -> Node | None:
+    """The tensor of whose whole memory `as_strided` shows something; handed to a piece, it may be part of another."""
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    return given if node.target in AS_STRIDED and isinstance(given, Node) else None
 
 
 def _is_unbacked(node: Node) -> bool:

@@ -271,6 +271,21 @@ def test_a_view_that_is_read_behind_a_write_of_its_base_leaves_the_graph_whole(p
     assert reports[-1].graphs.startswith("off: ") and reports[-1].layers == [1]
 
 
+def test_memory_shown_across_a_border_leaves_the_graph_whole(pool, lowered):
+    """`as_strided` of a view counts from the beginning of what the view is a view of."""
+
+    class Strided(Model):
+        def forward(self, x, caches):
+            for layer, (keys, values) in zip(self.layers, caches, strict=True):
+                view = layer.o(x).flatten()[8:]
+                y, *_ = layer(x, keys, values)
+                x = y + view.as_strided((8,), (1,), 2).sum()
+            return self.head(x)
+
+    reports = check_calls(Strided(2), lambda n: (torch.randn(1, 1, 32), caches([n] * 2)))
+    assert reports[-1].layers == [1]
+
+
 def test_a_length_that_the_compiler_fixes_is_fixed_for_its_twins(pool):
     """Inductor makes the length of pooled keys a constant, of one layer; its twins' are then, too."""
 

@@ -172,7 +172,7 @@ def no_plain_tensor(match: Match) -> str | None:
     return None
 
 
-_AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided)
+AS_STRIDED = ("as_strided", torch.as_strided, torch.Tensor.as_strided)
 # Their results lie in order, fused or not.
 _LINEAR = ("linear", "addmm", "matmul")
 
@@ -182,7 +182,7 @@ def shown_as_they_lie(graph: Graph) -> set[Node]:
 
     A fused operation may lay its result out otherwise.
     """
-    pending = [n for s in graph.nodes if s.target in _AS_STRIDED for n in s.all_input_nodes[:1]]
+    pending = [n for s in graph.nodes if s.target in AS_STRIDED for n in s.all_input_nodes[:1]]
     found: set[Node] = set()
     while pending:
         node = pending.pop()
