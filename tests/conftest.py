@@ -40,6 +40,21 @@ def cheap(monkeypatch):
 
 
 @pytest.fixture
+def lowered(monkeypatch):
+    """As `cheap`, and the graphs that were handed on to be lowered."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def compile_graph(gm, inputs):
+        graphs.append(gm)
+        return aot_eager(gm, inputs)
+
+    monkeypatch.setattr("fsvd_compile.backend._inductor", lambda config: compile_graph)
+    return graphs
+
+
+@pytest.fixture
 def device() -> str:
     return "cuda" if GPU else "cpu"
 

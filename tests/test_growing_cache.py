@@ -35,19 +35,6 @@ def pool(monkeypatch):
     return pool
 
 
-@pytest.fixture
-def lowered(monkeypatch):
-    """The graphs that were handed on to be lowered, and not to Inductor."""
-    graphs = []
-
-    def compile_graph(gm, inputs):
-        graphs.append(gm)
-        return aot_eager(gm, inputs)
-
-    monkeypatch.setattr(backend, "_inductor", lambda config: compile_graph)
-    return graphs
-
-
 class Layer(nn.Module):
     """Attention over a cache that is a tensor longer after each call, and a branch behind it."""
 

@@ -11,26 +11,12 @@ import torch
 import zoo
 from harness import assert_close
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 
 from fsvd_compile import LowRankLinear, backend
 from fsvd_compile.kernels import _stream
 from fsvd_compile.layers import Program
 from fsvd_compile.passes import Context
 from fsvd_compile.report import collect
-
-
-@pytest.fixture
-def lowered(monkeypatch):
-    """The graphs that were handed on to be lowered."""
-    graphs = []
-
-    def compile_graph(gm, inputs):
-        graphs.append(gm)
-        return aot_eager(gm, inputs)
-
-    monkeypatch.setattr(backend, "_inductor", lambda config: compile_graph)
-    return graphs
 
 
 class Block(nn.Module):
