@@ -96,21 +96,16 @@ def walk(model, prompt, following, forward=None) -> tuple[torch.Tensor, list[flo
     step = model if forward is None else forward
     logits, seconds = [], []
     waiting = 0
-    _synchronize(prompt.device)
+    decode.synchronize(prompt.device)
     started = time.perf_counter()
     for i, token in enumerate(following):
         logits.append(step(token, **given).logits)
         waiting += 1
         if i < BLOCK or waiting == BLOCK:
-            _synchronize(prompt.device)
+            decode.synchronize(prompt.device)
             seconds += [(time.perf_counter() - started) / waiting] * waiting
             waiting, started = 0, time.perf_counter()
     return torch.cat(logits, 1).float(), seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _arguments() -> argparse.Namespace:

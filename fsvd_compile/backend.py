@@ -17,7 +17,6 @@ import torch
 from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fsvd_compile import generate, kept_cache
@@ -134,14 +133,14 @@ def _compiled(
         return _graphed(whole, "step", static, written, config, report, off or dynamic)
 
     some_fixed = any(piece.fixed for piece in pieces)
-    uncaptured = off or (None if some_fixed else dynamic)
-    functions = _lowered(pieces, compile_fn, uncaptured is None, report)
+    elsewhere = off or (changing if some_fixed else dynamic)
+    functions = _lowered(pieces, compile_fn, some_fixed or elsewhere is None, report)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     output = next(n for n in gm.graph.nodes if n.op == "output")
     program = functools.partial(Program, placeholders, output.args[0], pieces)
     if config.cuda_graphs != "layer" and not some_fixed:
         whole = program(functions)
-        return _graphed(whole, "step", static, written, config, report, uncaptured)
+        return _graphed(whole, "step", static, written, config, report, elsewhere)
     index = {n: i for i, n in enumerate(placeholders)}
     results = output.all_input_nodes
     kept = {storage(n) for n in results} - {None}
@@ -152,7 +151,7 @@ def _compiled(
         # What only later pieces read may lie in the graph's own memory; what the caller gets may not, nor what shares
         # its memory with that.
         inner = not any(n in results or storage(n) in kept for n in piece.outputs)
-        reason = off or (None if piece.fixed else changing if some_fixed else dynamic)
+        reason = None if piece.fixed else elsewhere
         others = (n for k, n in enumerate(piece.inputs) if k not in mutated)
         if reason is None and piece.writes(others):  # a capture would write its copy
             reason = "a layer writes what another one has made"
@@ -160,7 +159,7 @@ def _compiled(
         functions[i] = _graphed(*layer, borrow=inner, alone=False)
     captured = sum(isinstance(function, GraphedCallable) for function in functions)
     if some_fixed:
-        report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {changing}"
+        report.graphs = f"{captured} of {len(pieces)} pieces: elsewhere {elsewhere}"
     return _one_at_a_time(program(functions)) if captured else program(functions)
 
 
@@ -371,9 +370,8 @@ def _has_effect(node: torch.fx.Node) -> bool:
     if written_by(node) or node.is_impure():
         return True
     # A float that nobody reads was a constant of the model, which a rewrite has read; a size Dynamo asked for.
-    number = node.meta.get("example_value")
-    sized = isinstance(number, torch.SymInt) and not free_unbacked_symbols(number)
-    return val(node) is None and not (sized or isinstance(number, torch.SymFloat))
+    read = is_size(node) or isinstance(node.meta.get("example_value"), torch.SymFloat)
+    return val(node) is None and not read
 
 
 def _dynamic(gm: GraphModule) -> str | None:

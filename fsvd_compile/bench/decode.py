@@ -310,10 +310,10 @@ class Subject:
         for layer in self.cache.layers:
             layer.keys[:, :, self.context :].zero_()
             layer.values[:, :, self.context :].zero_()
-        _synchronize(self.token.device)
+        synchronize(self.token.device)
         started = time.perf_counter()
         self.logits[0] = step()
-        _synchronize(self.token.device)
+        synchronize(self.token.device)
         seconds = time.perf_counter() - started
         for i in range(1, FIRST):
             self.logits[i] = step()
@@ -586,6 +586,6 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

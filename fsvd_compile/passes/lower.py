@@ -58,15 +58,10 @@ def lower(graph: Graph, context: Context) -> int:
     for node in list(graph.nodes):
         if kind_of(node) == "sdpa" and context.device == "cuda" and _of_any_length(node):
             # A node of its own: its result may lie otherwise than cuDNN's would.
-            value = emit(graph, node, node, sdpa_of_any_length, *node.args, **node.kwargs)
-            node.replace_all_uses_with(value)
-            graph.erase_node(node)
-            continue
-        if reads_weight_by_rows(node, context):
+            _replace(graph, node, sdpa_of_any_length, *node.args, **node.kwargs)
+        elif reads_weight_by_rows(node, context):
             given = arguments(node)
-            value = emit(graph, node, node, gemv, given["input"], given["weight"], given["bias"])
-            node.replace_all_uses_with(value)
-            graph.erase_node(node)
+            _replace(graph, node, gemv, given["input"], given["weight"], given["bias"])
     refresh_values(memory)
     graph.lint()
     return lowered
@@ -139,10 +134,13 @@ _ATEN: dict[type, Callable] = {
 def _swap_target(graph: Graph, node: Node) -> None:
     for op, target in _ATEN.items():
         if read(node, op) is not None:
-            value = emit(graph, node, node, target, *node.args)
-            node.replace_all_uses_with(value)
-            graph.erase_node(node)
+            _replace(graph, node, target, *node.args)
             return
+
+
+def _replace(graph: Graph, node: Node, target: Callable, *args: Any, **kwargs: Any) -> None:
+    node.replace_all_uses_with(emit(graph, node, node, target, *args, **kwargs))
+    graph.erase_node(node)
 
 
 def _lower_shrink(graph: Graph, node: Node, op: Shrink) -> list[tuple[int, Node]]:
