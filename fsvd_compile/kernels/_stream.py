@@ -16,7 +16,10 @@ beside is made 0, and x is moved instead of W.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import os
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -40,11 +43,19 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     # What this file uses, looked for here: another Gluon leaves these products to `_gemv`.
-    mbarrier.init, mbarrier.expect, mbarrier.wait, tma.async_copy_global_to_shared  # noqa: B018
-    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6
+    mbarrier.init, mbarrier.expect, mbarrier.wait  # noqa: B018
+    # Names that Triton 3.9 has no more come second, and those that 3.6 has not yet first.
+    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+    memory = gl.shared_memory_descriptor
+    reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
 except (ImportError, AttributeError):  # no Triton, or one whose Gluon is another
     gluon = None
 
+log = logging.getLogger(__name__)
+
+# The newest Triton that has compiled the streamed kernels. Gluon changes without notice: 3.9 took names away.
+NEWEST = (3, 9)
 # A weight piece of one copy: its 128 bytes.
 PIECE = 64
 # Below these, of weight in a launch and of K of a shrink, a model waits for launches: not streamed, not measured.
@@ -103,7 +114,22 @@ def usable(x: Tensor) -> bool:
         and not _triton.interpreted()
         and _triton.capability(x.device) == (9, 0)
         and x.element_size() == 2
+        and _compiles(_triton.triton.__version__)
     )
+
+
+@functools.cache
+def _compiles(version: str) -> bool:
+    """Whether Gluon of this Triton is one that the streamed kernels are written in, or FSVD_GLUON=1 says so."""
+    if tuple(map(int, version.split(".")[:2])) <= NEWEST or os.environ.get("FSVD_GLUON") == "1":
+        return True
+    log.warning(
+        "Triton %s is newer than %d.%d, the last that has compiled the streamed kernels for compute capability 9.0, so "
+        "slower ones run in their place. Set FSVD_GLUON=1 to try them, or install an older Triton.",
+        version,
+        *NEWEST,
+    )
+    return False
 
 
 def parts(pieces: int, whole: bool) -> tuple[int, int, int]:
@@ -473,7 +499,7 @@ def _copy(weight, into, bar, group, start, i: gl.constexpr, end, when, TAIL: gl.
         last = final == i
         piece = gl.where(last, 0, piece)
         start = gl.where(last, start + _last_start(end, PIECES), start)
-    tma.async_copy_global_to_shared(weight, [group, piece, start], bar, into, pred=when)
+    async_load(weight, [group, piece, start], bar, into, pred=when)
 
 
 @jit

@@ -22,13 +22,14 @@ if _stream.gluon is not None:
 
     from fsvd_compile.kernels._stream import (
         TensorDescriptor,
+        async_load,
         barrier,
         fence_async_shared,
         gdc_launch_dependents,
         gdc_wait,
         gl,
         mbarrier,
-        tma,
+        reinterpret,
     )
 
 # Query heads of a KV head: the rows of an operand of `mma`.
@@ -162,8 +163,8 @@ def _stream_attention(
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, D // 64, BLOCK_N, 64], K_MAP.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, DV // 64, BLOCK_N, 64], V_MAP.layout)
     # The same as every warp sees it: a part of the rows each.
-    ks = k_ring._reinterpret(dtype, [STAGES * (D // 64), num_warps, NB, 64], RING)
-    vs = v_ring._reinterpret(dtype, [STAGES * (DV // 64), num_warps, NB, 64], RING)
+    ks = reinterpret(k_ring, dtype, [STAGES * (D // 64), num_warps, NB, 64], RING)
+    vs = reinterpret(v_ring, dtype, [STAGES * (DV // 64), num_warps, NB, 64], RING)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES + 1):
         mbarrier.init(bars.index(i), count=1)
@@ -236,7 +237,7 @@ def _stream_attention(
     if MASK_KIND != "none":
         BIASES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         b_shared = gl.allocate_shared_memory(gl.float32, [CHUNK // BLOCK_N, num_warps, NB], BIASES)
-        b_flat = b_shared._reinterpret(gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        b_flat = reinterpret(b_shared, gl.float32, [CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         b_flat.store(biases)
     barrier()
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -400,8 +401,8 @@ def _copy(K_MAP, V_MAP, k_ring, v_ring, bar, stage, batch, kv_head, start):
     WIDTH: gl.constexpr = k_ring.shape[3] + v_ring.shape[3]
     mbarrier.expect(bar, k_ring.shape[4] * 128 * WIDTH)
     at = [batch, kv_head, 0, start, 0]
-    tma.async_copy_global_to_shared(K_MAP, at, bar, k_ring.index(stage))
-    tma.async_copy_global_to_shared(V_MAP, at, bar, v_ring.index(stage))
+    async_load(K_MAP, at, bar, k_ring.index(stage))
+    async_load(V_MAP, at, bar, v_ring.index(stage))
 
 
 @jit

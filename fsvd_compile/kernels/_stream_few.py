@@ -31,13 +31,14 @@ if _stream.gluon is not None:
 
     from fsvd_compile.kernels._stream import (
         TensorDescriptor,
+        async_load,
         barrier,
         fence_async_shared,
         gdc_launch_dependents,
         gdc_wait,
         gl,
         mbarrier,
-        tma,
+        reinterpret,
     )
 
 
@@ -423,11 +424,11 @@ def _copy_one(maps, ends, j: gl.constexpr, into, bar, i, row, K, TAIL: gl.conste
         if (i + 1) * (PIECES * 64) > K:
             for p in gl.static_range(PIECES):
                 at = [0, row, (i * PIECES + p) * 64]
-                tma.async_copy_global_to_shared(ends[j], at, bar, into.slice(p, 1, dim=0))
+                async_load(ends[j], at, bar, into.slice(p, 1, dim=0))
         else:
-            tma.async_copy_global_to_shared(maps[j], [i * PIECES, row, 0], bar, into)
+            async_load(maps[j], [i * PIECES, row, 0], bar, into)
     else:
-        tma.async_copy_global_to_shared(maps[j], [i * PIECES, row, 0], bar, into)
+        async_load(maps[j], [i * PIECES, row, 0], bar, into)
 
 
 @jit
@@ -451,8 +452,11 @@ def _scale(NORM_W, K, FEATURES: gl.constexpr, PIECES: gl.constexpr, num_warps: g
     values = gl.load(NORM_W + at, mask=at < K, other=0.0)
     kept = gl.allocate_shared_memory(NORM_W.dtype.element_ty, [FEATURES], one, values)
     blocks: gl.constexpr = FEATURES // (PIECES * 64)
-    return kept._reinterpret(
-        NORM_W.dtype.element_ty, [blocks, PIECES, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return reinterpret(
+        kept,
+        NORM_W.dtype.element_ty,
+        [blocks, PIECES, 64],
+        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
     )
 
 

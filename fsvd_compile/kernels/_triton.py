@@ -149,6 +149,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, 
     """Runs `kernel` on `device`, whichever CUDA device is current."""
     if pdl:
         kwargs["launch_pdl"] = True
+    if "TRITON_DEFAULT_FP_FUSION" not in os.environ:
+        # The default up to Triton 3.9, which warns that 3.10 has another.
+        kwargs["enable_fp_fusion"] = True
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if _compiling_only.get():

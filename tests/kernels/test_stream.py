@@ -62,6 +62,25 @@ def test_what_is_taken(hopper, monkeypatch):
         assert not taken()
 
 
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_a_triton_that_nobody_has_tried(hopper, monkeypatch, caplog):
+    """Gluon changes without notice: a kernel that no longer compiles would stop the first call."""
+    monkeypatch.delenv("FSVD_GLUON", raising=False)
+    versions = {"3.6.0": True, "3.9.1": True, "3.10.0+git1": False, "4.0": False}
+    for version, known in versions.items():
+        monkeypatch.setattr(_triton.triton, "__version__", version)
+        _stream._compiles.cache_clear()
+        caplog.clear()
+        assert taken() == taken() == known
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == (not known), version
+        assert known or f"Triton {version} is newer than 3.9" in warned[0]
+    monkeypatch.setenv("FSVD_GLUON", "1")
+    _stream._compiles.cache_clear()
+    assert taken()
+    _stream._compiles.cache_clear()
+
+
 @pytest.mark.parametrize("vector", (1, 8))
 @pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("norm", (False, True))
