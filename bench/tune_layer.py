@@ -4,7 +4,7 @@
 
 A kernel's best tile alone is not its best in a chain, where the next kernel's weights are requested while
 it runs. So every candidate is timed in place: eight layers of random weights in one CUDA graph, norms,
-residuals, gate and attention included: by coordinate descent and, with `--joint 60`, neighbours together.
+residuals, gate and attention included: by coordinate descent (`--passes`) and, with `--joint 60`, neighbours together.
 Prints the tiles that won, for `fsvd_compile/kernels/configs`.
 """
 
@@ -163,7 +163,8 @@ def main() -> None:
     )
     tried = descend(layers, possible, args.passes, best)
     if args.joint:
-        anneal(layers, tried, args.joint)
+        # Among the best of each in the last descent, all of them if there was none.
+        anneal(layers, possible | {name: [*times][:20] for name, times in tried}, args.joint)
     best = layer_us(layers, replays=30)
     linears = layer_us(layers, False)
     print(f"at last {best:.2f} us a layer, linears alone {linears:.2f}")
@@ -200,12 +201,12 @@ def descend(layers: list, possible: dict[str, list], passes: int, best: float) -
     return tried
 
 
-def anneal(layers: list, tried: list[tuple], seconds: float, most: int = 20) -> None:
+def anneal(layers: list, possible: dict[str, list], seconds: float) -> None:
     """Changes tiles of one kernel or up to three neighbours at a time, as each needs room beside the one before.
 
-    Among the `most` best of each in the last descent, by simulated annealing from 0.4 us a layer down to nothing.
+    By simulated annealing from 0.4 us a layer down to nothing.
     """
-    choices = {name: list(dict.fromkeys([tiles[name], *[*times][:most]])) for name, times in tried}
+    choices = {name: list(dict.fromkeys([tiles[name], *found])) for name, found in possible.items()}
     chance = random.Random(0)
     now = best = dict(tiles)
     least = current = layer_us(layers, replays=20)
@@ -265,7 +266,8 @@ def candidates(name: str) -> list[tuple]:
     if name == "attention":
         _, rows, splits, *_ = attention_rule(**asks()[1])
         if setting.tokens == 1:
-            several = sorted({max(1, splits * n // 4) for n in (2, 3, 4, 5, 6, 8)})
+            parts = (6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 24)
+            several = sorted({max(1, splits * n // 12) for n in parts})
             found = itertools.product((rows // 2, rows, 2 * rows), several, (2, 4), (1, 2, 3))
         else:
             several = sorted({1, 2, splits})
