@@ -11,6 +11,7 @@ Prints the tiles that won, for `fsvd_compile/kernels/configs`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -41,6 +42,7 @@ from fsvd_compile.kernels._tuning import AttentionTile, Launch
 
 attention_rule = _tuning.decode_attention_tile  # `serve` replaces it
 tiles: dict[str, tuple] = {}
+served = contextlib.ExitStack()  # for as long as this process lives
 
 # The residual stream: between layers with what carries its norm.
 Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -280,13 +282,14 @@ def serve() -> None:
     """Makes the launchers take `tiles`."""
     names = {what: name for name, what in linears().items()}
 
-    def linear_tile(launch, device):
+    def linear_tile(launch):
         return tiles[names[launch.op, launch.k, launch.rows, launch.gated]]
 
     def attention_tile(**_):
         return AttentionTile(1, *tiles["attention"])
 
-    _tuning.linear_tile, _tuning.decode_attention_tile = linear_tile, attention_tile
+    served.enter_context(_tuning.forced(linear_tile))
+    _tuning.decode_attention_tile = attention_tile
 
 
 def compile_one(job: tuple[Setting, str, tuple]) -> bool:

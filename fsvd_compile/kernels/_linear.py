@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.kernels import _stream, _stream_few, _triton, _tuning
+from fsvd_compile.kernels import _memo, _stream, _stream_few, _triton, _tuning
 from fsvd_compile.kernels._gemv import _gemv
 from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
@@ -200,6 +200,21 @@ def _kernels_of(
 
 
 def _launch(op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual, carry):
+    kind, norm_weight, norm_bias, eps, offset = norm
+    key = (
+        op, len(weights), tuple(offsets), phase, pdl, kind, float(eps), float(offset), act, gated,
+        None if carry is None else float(carry.offset),
+    )  # fmt: skip
+    tensors = [x, out, residual, norm_weight, norm_bias, *weights, *biases]
+    if carry is not None:
+        tensors += carry.weight, carry.scaled, carry.squares
+    given = op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual, carry
+    _memo.launch(key, tensors, lambda: _launch_anew(*given))
+
+
+def _launch_anew(
+    op, x, weights, biases, offsets, out, phase, pdl, norm, act, gated, residual, carry
+):
     layout = _layout_of(weights)
     align = _alignment(weights, layout)
     n_unit = align if layout == "col" else 1

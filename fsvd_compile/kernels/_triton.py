@@ -118,6 +118,25 @@ def compiling_only() -> Iterator[None]:
         _compiling_only.reset(token)
 
 
+def is_compiling_only() -> bool:
+    return _compiling_only.get()
+
+
+_told: contextvars.ContextVar[list[tuple] | None] = contextvars.ContextVar(
+    "fsvd_told", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple]]:
+    """Collects what `launch` is given inside: (kernel, grid, device, pdl, its other arguments)."""
+    token = _told.set([])
+    try:
+        yield _told.get()
+    finally:
+        _told.reset(token)
+
+
 def aligned(tensor: torch.Tensor) -> bool:
     """Whether a tensor begins at a multiple of 16 bytes; inside `compiling_only` its storage is taken to."""
     if _compiling_only.get():
@@ -147,6 +166,8 @@ def unread(argument: Any) -> Any:
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, pdl: bool, **kwargs: Any):
     """Runs `kernel` on `device`, whichever CUDA device is current."""
+    if (told := _told.get()) is not None:
+        told.append((kernel, grid, device, pdl, dict(kwargs)))
     if pdl:
         kwargs["launch_pdl"] = True
     if "TRITON_DEFAULT_FP_FUSION" not in os.environ:

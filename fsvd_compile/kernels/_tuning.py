@@ -80,13 +80,16 @@ SINGLE_TILE_K = 16384
 # Bytes of weight a thread requests before it waits: 64 registers, what the measured tiles come to.
 THREAD_BYTES = 256
 
+# Another one each time that tables may have changed.
+generation = 0
+
 _asked: list[Launch] | None = None
-_forced: Tile | None = None
+_forced: Tile | Callable[[Launch], Tile] | None = None
 
 
 @contextlib.contextmanager
-def forced(tile: Tile) -> Iterator[None]:
-    """Every linear takes this tile, to time it."""
+def forced(tile: Tile | Callable[[Launch], Tile]) -> Iterator[None]:
+    """Every linear takes this tile, or what it says of its launch, to time it."""
     global _forced
     before, _forced = _forced, tile
     try:
@@ -111,12 +114,19 @@ def linear_tile(launch: Launch, device: torch.device) -> Tile:
     if _asked is not None and launch not in _asked:
         _asked.append(launch)
     if _forced is not None:
-        return _forced
+        return _forced(launch) if callable(_forced) else _forced
     return _linear_tile(launch, device)
+
+
+def settled() -> bool:
+    """Whether a launch takes the tile that the tables and rules say, and nobody is told of it."""
+    return _asked is None and _forced is None
 
 
 def forget() -> None:
     """Looks at the tables again."""
+    global generation
+    generation += 1
     _measured.measured.cache_clear()
     _linear_tile.cache_clear()
 

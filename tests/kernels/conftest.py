@@ -6,7 +6,15 @@ import pytest
 import torch
 from opcases import DTYPES
 
-from fsvd_compile.kernels import _triton, _tuning
+from fsvd_compile.kernels import _memo, _triton, _tuning
+
+
+@pytest.fixture(autouse=True)
+def launches_are_new():
+    """What a test replaces is not what launches of the test before were told."""
+    _memo.forget()
+    yield
+    _memo.forget()
 
 
 @pytest.fixture(params=DTYPES, ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsvd_compile.kernels import _stream
+from fsvd_compile.kernels import _memo, _stream
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative RMS error against the fp32 reference: the result is rounded, and what goes into a second
@@ -51,9 +51,10 @@ streamed_only = pytest.mark.skipif(
 
 
 def watch_streamed(monkeypatch, module, tile: int) -> list:
-    """Lets small weights stream, too, and collects the tiles of a kernel's launches, argument number `tile`."""
+    """Lets small weights stream, too, works out every launch and collects the tiles of a kernel's: argument `tile`."""
     monkeypatch.setattr(_stream, "LEAST_BYTES", 0)
     monkeypatch.setattr(_stream, "LEAST_HIDDEN", 0)
+    monkeypatch.setattr(_memo, "launch", lambda key, tensors, anew: anew())
     launched = []
     launch = module.launch
     monkeypatch.setattr(module, "launch", lambda *a: launched.append(a[tile]) or launch(*a))

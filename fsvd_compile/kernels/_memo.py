@@ -1,0 +1,140 @@
+"""Launches again: what a kernel was told once, for other tensors that lie as those did.
+
+Which kernel a product takes, its tile, its sizes and its tensor maps follow from how the tensors lie in memory, and
+from nothing that is in them. To find all of it out takes Python three times as long as Triton takes to launch; a graph
+that is not captured in a CUDA graph does so for every launch of every call.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsvd_compile.kernels import _triton, _tuning
+
+# Kinds of launches held at most; a model has some ten for each number of tokens.
+MOST = 4096
+
+_known: dict[tuple, tuple[_Told, ...] | None] = {}
+
+# From the tensors of a call to an argument of its launch.
+Fill = Callable[[Sequence[Tensor | None]], Any]
+
+
+class _Told(NamedTuple):
+    """One launch: the arguments that are as they were, and how to make the others. It holds no tensor."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    device: torch.device
+    pdl: bool
+    fixed: dict[str, Any]
+    fills: dict[str, Fill]
+
+    def again(self, tensors: Sequence[Tensor | None]) -> None:
+        made = {name: fill(tensors) for name, fill in self.fills.items()}
+        _triton.launch(self.kernel, self.grid, self.device, self.pdl, **self.fixed, **made)
+
+
+def launch(key: Hashable, tensors: Sequence[Tensor | None], anew: Callable[[], None]) -> None:
+    """Calls `anew`, or launches what it launched when it was called with this key and tensors that lay alike.
+
+    Args:
+        key: All that the launches depend on beside how the tensors lie and what `_tuning` says.
+        tensors: All that they read and write, and views of these; how tensors that are here twice lie is no key.
+    """
+    if _triton.is_compiling_only() or not _tuning.settled():
+        anew()
+        return
+    whole = (key, _tuning.generation, *map(_lies, tensors))
+    known = _known.get(whole, ())
+    if known:
+        for told in known:
+            told.again(tensors)
+        return
+    with _triton.recording() as launches:
+        anew()
+    if known is not None:
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[whole] = _told(launches, tensors)
+
+
+def forget() -> None:
+    _known.clear()
+
+
+def _lies(tensor: Tensor | None) -> tuple | None:
+    if tensor is None:
+        return None
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.data_ptr() % 16,
+    )
+
+
+def _told(launches: list[tuple], tensors: Sequence[Tensor | None]) -> tuple[_Told, ...] | None:
+    """What can be said again of launches; None where a tensor of one is none of these, or its place is not clear."""
+    there = [id(t) for t in tensors if t is not None]
+    if len(set(there)) < len(there):
+        return None
+    told = []
+    try:
+        for kernel, grid, device, pdl, arguments in launches:
+            fills = {name: _fill(value, tensors) for name, value in arguments.items()}
+            fixed = {name: arguments[name] for name, fill in fills.items() if fill is None}
+            fills = {name: fill for name, fill in fills.items() if fill is not None}
+            told.append(_Told(kernel, grid, device, pdl, fixed, fills))
+    except LookupError:
+        return None
+    return tuple(told) or None
+
+
+def _fill(value: Any, tensors: Sequence[Tensor | None]) -> Fill | None:
+    """How to make an argument; None for one that stays as it is. Raises LookupError for a foreign tensor."""
+    if isinstance(value, Tensor):
+        return _find(value, tensors)
+    if isinstance(getattr(value, "base", None), Tensor):  # a tensor map
+        base = _find(value.base, tensors)
+        bare = copy.copy(value)
+        bare.base = None
+
+        def on_another(given: Sequence[Tensor | None]) -> Any:
+            made = copy.copy(bare)
+            made.base = base(given)
+            return made
+
+        return on_another
+    if isinstance(value, tuple):
+        fills = [_fill(item, tensors) for item in value]
+        if any(fill is not None for fill in fills):
+            fixed = [v if fill is None else None for v, fill in zip(value, fills, strict=True)]
+            items = list(zip(fixed, fills, strict=True))
+            return lambda given: tuple(v if fill is None else fill(given) for v, fill in items)
+    return None
+
+
+def _find(tensor: Tensor, tensors: Sequence[Tensor | None]) -> Fill:
+    for i, one in enumerate(tensors):
+        if one is tensor:
+            return operator.itemgetter(i)
+    memory = tensor.untyped_storage().data_ptr()
+    around = [
+        (i, one)
+        for i, one in enumerate(tensors)
+        if one is not None and one.untyped_storage().data_ptr() == memory
+    ]
+    if len(around) != 1 or around[0][1].dtype is not tensor.dtype:
+        raise LookupError("not one of the tensors, nor a view of one alone")
+    i, one = around[0]
+    size, stride = tensor.shape, tensor.stride()
+    shift = tensor.storage_offset() - one.storage_offset()
+    return lambda given: given[i].as_strided(size, stride, given[i].storage_offset() + shift)
