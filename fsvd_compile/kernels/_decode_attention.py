@@ -169,7 +169,9 @@ def _decode_attention(
             bias = bias_of(mask_at, row, row < filled, stride_mn, MASK_KIND)
             if HAS_REACH:
                 end = tl.minimum(tl.load(REACH).to(tl.int32), S)
-            inside = (guess >= 0) & (guess < S) & head_ok
+            # By head before it is compared: Triton 3.9's interpreter spreads a bool as an int.
+            at_new = guess + g * 0
+            inside = (at_new >= 0) & (at_new < S) & head_ok
             new_bias = bias_of(new_mask, tl.cast(guess, tl.int64), inside, stride_mn, MASK_KIND)
             cos = COS + batch * stride_cb
             sin = SIN + batch * stride_sb
@@ -200,7 +202,8 @@ def _decode_attention(
         acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
         filled = filled_rows(position, S, MASK_KIND)
         redo = filled
-        inside = (position >= 0) & (position < S) & head_ok
+        at_new = position + g * 0
+        inside = (at_new >= 0) & (at_new < S) & head_ok
         new_bias = bias_of(new_mask, tl.cast(position, tl.int64), inside, stride_mn, MASK_KIND)
     scan = tl.arange(0, SCAN)
     late = tl.arange(0, BLOCK_LATE)
