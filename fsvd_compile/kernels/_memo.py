@@ -7,8 +7,10 @@ that is not captured in a CUDA graph does so for every launch of every call.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from fsvd_compile.kernels import _triton, _tuning
 
-# Kinds of launches held at most; a model has some ten for each number of tokens.
+# Kinds of launches held at most, of up to 15 KB; the one that was told longest ago goes first. A model has some ten for
+# each number of tokens, or as many for each layer whose ranks are its own.
 MOST = 4096
 
-_known: dict[tuple, tuple[_Told, ...] | None] = {}
+_known: OrderedDict[tuple, tuple[_Told, ...] | None] = OrderedDict()
 
 # From the tensors of a call to an argument of its launch.
 Fill = Callable[[Sequence[Tensor | None]], Any]
@@ -51,18 +54,22 @@ def launch(key: Hashable, tensors: Sequence[Tensor | None], anew: Callable[[], N
     if _triton.is_compiling_only() or not _tuning.settled():
         anew()
         return
-    whole = (key, _tuning.generation, *map(_lies, tensors))
+    generation = _tuning.generation
+    whole = (key, generation, *map(_lies, tensors))
     known = _known.get(whole, ())
     if known:
+        with contextlib.suppress(KeyError):  # another thread may have made room
+            _known.move_to_end(whole)
         for told in known:
             told.again(tensors)
         return
     with _triton.recording() as launches:
         anew()
-    if known is not None:
-        if len(_known) >= MOST:
-            _known.clear()
+    # Another thread may try tiles, or have read a table, since.
+    if known is not None and _tuning.settled() and generation == _tuning.generation:
         _known[whole] = _told(launches, tensors)
+        while len(_known) > MOST:
+            _known.popitem(last=False)
 
 
 def forget() -> None:

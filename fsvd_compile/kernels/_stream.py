@@ -20,6 +20,7 @@ import functools
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -121,7 +122,10 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def _compiles(version: str) -> bool:
     """Whether Gluon of this Triton is one that the streamed kernels are written in, or FSVD_GLUON=1 says so."""
-    if tuple(map(int, version.split(".")[:2])) <= NEWEST or os.environ.get("FSVD_GLUON") == "1":
+    if (
+        tuple(map(int, re.findall(r"\d+", version)[:2])) <= NEWEST
+        or os.environ.get("FSVD_GLUON") == "1"
+    ):
         return True
     log.warning(
         "Triton %s is newer than %d.%d, the last that has compiled the streamed kernels for compute capability 9.0, so "

@@ -126,9 +126,9 @@ def settled() -> bool:
 def forget() -> None:
     """Looks at the tables again."""
     global generation
-    generation += 1
     _measured.measured.cache_clear()
     _linear_tile.cache_clear()
+    generation += 1
 
 
 @functools.lru_cache(4096)

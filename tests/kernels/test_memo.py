@@ -13,7 +13,6 @@ from fsvd_compile.kernels import (
     _linear,
     _memo,
     _stream,
-    _stream_few,
     _triton,
     _tuning,
     expand_reference,
@@ -51,9 +50,16 @@ def shrink(
     return run
 
 
-def expand(tokens, ranks=(1024, 512), rows=(4096, 1024), act="none", residual=False, weight=empty):
-    def run():
-        z, n = empty(tokens, sum(ranks)), rows[0] if act.endswith("_mul") else sum(rows)
+def behind(rows, k):
+    """Behind eight rows of others, in the same memory."""
+    return empty(rows + 8, k)[8:]
+
+
+def expand(
+    tokens, ranks=(1024, 512), rows=(4096, 1024), act="none", residual=False, weight=empty, z=empty
+):
+    def run(z=z):
+        z, n = z(tokens, sum(ranks)), rows[0] if act.endswith("_mul") else sum(rows)
         weights = [weight(m, r) for m, r in zip(rows, ranks, strict=True)]
         offsets = [sum(ranks[:i]) for i in range(len(ranks))]
         beside = empty(tokens, n) if residual else None
@@ -88,6 +94,7 @@ CASES = {
     "few": shrink(8),
     "few-norm": shrink(8, norm=("rms", 1e-5, 0.0)),
     "few-slices": expand(32, (1024, 512), (4096, 2048)),
+    "few-slices-behind": expand(32, (1024, 512), (4096, 2048), weight=behind, z=behind),
     "few-gated": expand(8, (1488, 1488), (11008, 11008), "gelu_mul"),
     "few-residual": expand(16, (1024,), (4096,), residual=True),
     "carried": carried(8),
@@ -99,13 +106,21 @@ CASES = {
 }  # fmt: skip
 
 
+def counted(monkeypatch):
+    """As long as launches were worked out often."""
+    worked_out = []
+    launch = _memo.launch
+    monkeypatch.setattr(
+        _memo, "launch", lambda key, tensors, anew: launch(key, tensors, lambda: worked_out.append(1) or anew())
+    )  # fmt: skip
+    return worked_out
+
+
 @pytest.fixture
 def told(hopper, monkeypatch):
     """What launches would tell Triton, and how often they were worked out."""
-    launches, worked_out = [], []
-    anew = _linear._launch_anew
+    launches, worked_out = [], counted(monkeypatch)
     monkeypatch.setattr(_triton, "require_triton", lambda tensor: None)
-    monkeypatch.setattr(_linear, "_launch_anew", lambda *a: worked_out.append(1) or anew(*a))
 
     def launch(kernel, grid, device, pdl, **kwargs):
         if (recorded := _triton._told.get()) is not None:
@@ -209,6 +224,157 @@ def test_what_lies_otherwise_is_worked_out(told):
     assert run() == 1
 
 
+def test_views_are_taken_where_they_lie_now(told):
+    """x of a few tokens is told slice by slice; it may lie elsewhere in its memory the next time."""
+    launches, worked_out = told
+    weights = [empty(4096, 1024), empty(2048, 512)]
+    for rows in (0, 8, 16):
+        memory = empty(64, 1536)
+        z = memory[rows : rows + 32]
+        expand_triton(z, weights, [None] * 2, [0, 1024], None, pdl=True)
+        maps = [launches[-1][4][name].base for name in ("X0", "X1")]
+        assert [m.data_ptr() - z.data_ptr() for m in maps] == [0, 2048]
+    assert len(worked_out) == 1
+
+
+def test_weights_of_one_memory(told):
+    launches, worked_out = told
+    for count in (1, 1):
+        memory = empty(2, 1024, 1024)
+        shrink_triton(empty(1, 1024), list(memory), [None] * 2, pdl=True)
+        maps = [launches[-1][4][name].base for name in ("W0", "W1")]
+        assert [m.data_ptr() - memory.data_ptr() for m in maps] == [0, 2 << 20]
+        assert len(worked_out) == count
+
+
+def test_every_argument_that_is_no_tensor_counts(told):
+    """Calls that differ in one thing alone."""
+    launches, worked_out = told
+
+    def new(run):
+        before = len(worked_out)
+        run()
+        return len(worked_out) - before
+
+    z, weights, out = empty(8, 2048), [empty(1024, 1024), empty(1024, 1024)], empty(8, 2048)
+
+    def linear(offsets=(0, 1024), norm=("none", None, None, 0.0, 0.0), x=z, w=weights, **given):
+        _linear.linear(
+            "expand",
+            x,
+            w,
+            [None] * 2,
+            offsets,
+            out,
+            phase=_linear.Phase.FEW,
+            pdl=True,
+            norm=norm,
+            **given,
+        )
+
+    assert new(linear) == 1 and new(linear) == 0
+    few = z[:5]
+    assert new(lambda: linear(x=few)) == 1 and launches[-1][4]["M"] == 5
+    assert new(lambda: linear(offsets=(0, 512))) == 1
+    assert launches[-1][4]["X1"].base.data_ptr() - z.data_ptr() == 1024
+    half = [w.half() for w in weights]
+    assert new(lambda: linear(x=z.half(), w=half)) == 1
+
+    sums, g = empty(32, 8, dtype=torch.float32), empty(1024)
+    x, w, y = empty(8, 1024), [empty(1024, 1024)], empty(8, 1024)
+    for kind, count in (("rms", 1), ("layer", 1), ("rms", 0)):
+        run = lambda kind=kind: _linear.linear(  # noqa: E731
+            "shrink", empty(1, 1024), w, [None], [0], empty(1, 1024), phase=_linear.Phase.DECODE, pdl=True,
+            norm=(kind, g, None, 1e-5, 0.0),
+        )  # fmt: skip
+        assert new(run) == count and launches[-1][4]["NORM"] == kind
+    assert new(lambda: shrink_rms_triton(x, sums, w, [None], 1e-5, pdl=True)) == 1
+    for offset, count in ((0, 1), (1.0, 1), (0.5, 1), (1.0, 0)):
+        carry = _linear.Carry(g, offset, empty(8, 1024), empty(32, 8, dtype=torch.float32))
+        run = lambda carry=carry: _linear.linear(  # noqa: E731
+            "expand", x, w, [None], [0], y, phase=_linear.Phase.FEW, pdl=True, carry=carry
+        )
+        assert new(run) == count and launches[-1][4]["norm_offset"] == offset
+
+
+def test_what_an_address_is_a_multiple_of(told):
+    """Of 16 bytes, wherever the memory itself begins: not of 8, and not by the offset into it."""
+    _, worked_out = told
+    memory = torch.empty(2048 * 2 + 64, dtype=torch.uint8)
+    first = -memory.data_ptr() % 16
+    x = [memory[first + at :][: 2 * 1024].view(BF16).view(1, 1024) for at in (0, 8, 16)]
+    w, out = empty(512, 1024), empty(1, 512)
+    own = torch.frombuffer(memory.numpy().data, dtype=BF16, offset=first + 8, count=1024).view(
+        1, 1024
+    )
+    assert own.data_ptr() % 16 == 8 and own.storage_offset() == 0
+    counts = []
+    for one in (x[0], own, *x):
+        before = len(worked_out)
+        _linear.linear("shrink", one, [w], [None], [0], out, phase=_linear.Phase.DECODE, pdl=True)
+        counts.append(len(worked_out) - before)
+    assert counts == [1, 1, 0, 0, 0]
+
+
+def test_kernels_that_are_compiled_ahead_are_not_remembered(told):
+    """What stands in for a tensor there has no address."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    launches, _ = told
+    run = shrink(1, norm=NORM)
+    with FakeTensorMode(), _triton.compiling_only():
+        run()
+    assert launches and not _memo._known
+    launches.clear()
+    run()
+    (first,), _ = list(launches), launches.clear()
+    run()
+    (again,) = launches
+    for told_ in (first, again):
+        assert isinstance(told_[4]["W0"].base, torch.Tensor) and told_[4]["W0"].base.data_ptr()
+
+
+def test_what_triton_is_given(hopper, monkeypatch):
+    """The launcher's own record, through to the kernel."""
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **kwargs: given.append((grid, kwargs))
+
+    monkeypatch.setattr(_stream, "_stream", Kernel())
+    monkeypatch.setattr(_triton, "require_triton", lambda tensor: None)
+    worked_out = counted(monkeypatch)
+    run = shrink(1, rows=(1024,))
+    run(), run()
+    assert len(worked_out) == 1
+    (grid, first), (grid_again, again) = given
+    assert (
+        grid == grid_again == (first["N"][0] // first["BLOCK_R"],) and first.keys() == again.keys()
+    )
+    assert first["USE_PDL"] and first["launch_pdl"] and again["launch_pdl"] and again["USE_PDL"]
+    assert first["X"] is not again["X"] and first["NUM_K"] == again["NUM_K"]
+
+
+def test_a_tile_that_another_thread_tries_is_not_remembered(told, monkeypatch):
+    """Or that was read from a table before it was looked at again."""
+    _, worked_out = told
+    tile_of = _tuning._linear_tile
+    for change in (
+        lambda: setattr(_tuning, "_forced", _tuning.Tile(16, 512, 4, 1, 2)),
+        _tuning.forget,
+    ):
+        _memo.forget()
+        before = len(worked_out)
+        with monkeypatch.context() as patch:
+            patch.setattr(_tuning, "_forced", None)
+            patch.setattr(_tuning, "linear_tile", lambda *a, c=change: (tile_of(*a), c())[0])
+            shrink(1)()
+        assert not _memo._known
+        shrink(1)(), shrink(1)()
+        assert len(worked_out) == before + 2
+
+
 def test_the_same_tensor_twice_is_not_remembered(told):
     """Which of the two an argument was cannot be told from it."""
     _, worked_out = told
@@ -254,7 +420,8 @@ def test_no_tensor_is_kept(told):
     run = shrink(8, norm=("rms", 1e-5, 0.0))
     try:
         torch.empty = lambda *a, **k: made.append(make(*a, **k)) or made[-1]
-        run()
+        for _ in range(3):
+            run()
     finally:
         torch.empty = make
     assert _memo._known and all(_memo._known.values())
@@ -266,10 +433,13 @@ def test_no_tensor_is_kept(told):
 
 
 def test_few_are_kept(told, monkeypatch):
+    _, worked_out = told
     monkeypatch.setattr(_memo, "MOST", 3)
     for rows in range(512, 552, 8):
         shrink(1, rows=(rows,))()
         assert len(_memo._known) <= 3
+        shrink(1, rows=(512,))()  # used all the time, so it stays
+    assert len(worked_out) == 5
 
 
 @pytest.mark.gpu
@@ -277,10 +447,8 @@ def test_few_are_kept(told, monkeypatch):
 @pytest.mark.parametrize("tokens", (1, 2, 5, 8, 24, 40))
 def test_values(tokens):
     """Of tensors that the launch was not worked out for."""
-    worked_out = []
-    anew = _linear._launch_anew
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_linear, "_launch_anew", lambda *a: worked_out.append(1) or anew(*a))
+        worked_out = counted(patch)
         for turn, (k, rows) in itertools.product(
             range(3), ((2048, (1024, 520)), (1488, (2056, 2056)))
         ):
@@ -293,4 +461,3 @@ def test_values(tokens):
             args = z, weights, none, [0, k], residual, "none"
             assert_close("expand", expand_triton(*args, pdl=True), expand_reference(*args), 6e-3)
             assert (len(worked_out) == count) == (turn > 0)
-    assert _stream_few.gluon is None or worked_out
