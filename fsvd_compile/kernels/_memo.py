@@ -49,7 +49,7 @@ def launch(key: Hashable, tensors: Sequence[Tensor | None], anew: Callable[[], N
 
     Args:
         key: All that the launches depend on beside how the tensors lie and what `_tuning` says.
-        tensors: All that they read and write, and views of these; how tensors that are here twice lie is no key.
+        tensors: All that they read and write, or what these are views of. Launches with one of them twice are not kept.
     """
     if _triton.is_compiling_only() or not _tuning.settled():
         anew()
