@@ -23,7 +23,8 @@ from fsvd_compile.kernels import _triton, _tuning
 # each number of tokens, or as many for each layer whose ranks are its own.
 MOST = 4096
 
-_known: OrderedDict[tuple, tuple[_Told, ...] | None] = OrderedDict()
+# None where it cannot be told again.
+_known: OrderedDict[tuple, _Told | None] = OrderedDict()
 
 # From the tensors of a call to an argument of its launch.
 Fill = Callable[[Sequence[Tensor | None]], Any]
@@ -48,26 +49,26 @@ def launch(key: Hashable, tensors: Sequence[Tensor | None], anew: Callable[[], N
     """Calls `anew`, or launches what it launched when it was called with this key and tensors that lay alike.
 
     Args:
-        key: All that the launches depend on beside how the tensors lie and what `_tuning` says.
-        tensors: All that they read and write, or what these are views of. Launches with one of them twice are not kept.
+        key: All that the launch depends on beside how the tensors lie and what `_tuning` says.
+        tensors: All that it reads and writes, or what these are views of. A launch with one of them twice is not kept.
+        anew: Works out one launch and makes it.
     """
     if _triton.is_compiling_only() or not _tuning.settled():
         anew()
         return
     generation = _tuning.generation
     whole = (key, generation, *map(_lies, tensors))
-    known = _known.get(whole, ())
-    if known:
+    if (told := _known.get(whole)) is not None:
         with contextlib.suppress(KeyError):  # another thread may have made room
             _known.move_to_end(whole)
-        for told in known:
-            told.again(tensors)
+        told.again(tensors)
         return
     with _triton.recording() as launches:
         anew()
     # Another thread may try tiles, or have read a table, since.
-    if known is not None and _tuning.settled() and generation == _tuning.generation:
-        _known[whole] = _told(launches, tensors)
+    if whole not in _known and _tuning.settled() and generation == _tuning.generation:
+        (one,) = launches
+        _known[whole] = _told(one, tensors)
         while len(_known) > MOST:
             _known.popitem(last=False)
 
@@ -88,21 +89,19 @@ def _lies(tensor: Tensor | None) -> tuple | None:
     )
 
 
-def _told(launches: list[tuple], tensors: Sequence[Tensor | None]) -> tuple[_Told, ...] | None:
-    """What can be said again of launches; None where a tensor of one is none of these, or its place is not clear."""
+def _told(launch: tuple, tensors: Sequence[Tensor | None]) -> _Told | None:
+    """What can be said again of a launch; None if a tensor of it is none of these, or its place is not clear."""
     there = [id(t) for t in tensors if t is not None]
     if len(set(there)) < len(there):
         return None
-    told = []
+    kernel, grid, device, pdl, arguments = launch
     try:
-        for kernel, grid, device, pdl, arguments in launches:
-            fills = {name: _fill(value, tensors) for name, value in arguments.items()}
-            fixed = {name: arguments[name] for name, fill in fills.items() if fill is None}
-            fills = {name: fill for name, fill in fills.items() if fill is not None}
-            told.append(_Told(kernel, grid, device, pdl, fixed, fills))
+        found = {name: _fill(value, tensors) for name, value in arguments.items()}
     except LookupError:
         return None
-    return tuple(told) or None
+    fixed = {name: arguments[name] for name, fill in found.items() if fill is None}
+    fills = {name: fill for name, fill in found.items() if fill is not None}
+    return _Told(kernel, grid, device, pdl, fixed, fills)
 
 
 def _fill(value: Any, tensors: Sequence[Tensor | None]) -> Fill | None:
@@ -120,12 +119,13 @@ def _fill(value: Any, tensors: Sequence[Tensor | None]) -> Fill | None:
             return made
 
         return on_another
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         fills = [_fill(item, tensors) for item in value]
         if any(fill is not None for fill in fills):
+            kind = type(value)
             fixed = [v if fill is None else None for v, fill in zip(value, fills, strict=True)]
             items = list(zip(fixed, fills, strict=True))
-            return lambda given: tuple(v if fill is None else fill(given) for v, fill in items)
+            return lambda given: kind(v if fill is None else fill(given) for v, fill in items)
     return None
 
 

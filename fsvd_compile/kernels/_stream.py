@@ -46,7 +46,7 @@ try:
     # What this file uses, looked for here: another Gluon leaves these products to `_gemv`.
     mbarrier.init, mbarrier.expect, mbarrier.wait  # noqa: B018
     # Names that Triton 3.9 has no more come second, and those that 3.6 has not yet first.
-    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     memory = gl.shared_memory_descriptor
     reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret

@@ -44,6 +44,19 @@ def gapped_weights(rows, ks, dtype=torch.bfloat16) -> list[torch.Tensor]:
     return [gapped(n, k, dtype, k**-0.5) for n, k in zip(rows, ks, strict=True)]
 
 
+class Kernel:
+    """Stands in for one of Triton's and collects what its launches are given."""
+
+    def __init__(self):
+        self.given: list[dict] = []
+
+    def __getitem__(self, grid):
+        return lambda **kwargs: self.warmup(grid=grid, **kwargs)
+
+    def warmup(self, **kwargs):
+        self.given.append(kwargs)
+
+
 streamed_only = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
     reason="streamed on compute capability 9.0 only",

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from opcases import Kernel
 
 from fsvd_compile.kernels import _triton
-
-
-class Kernel:
-    def __init__(self):
-        self.given = None
-
-    def __getitem__(self, grid):
-        return lambda **kwargs: self.warmup(grid=grid, **kwargs)
-
-    def warmup(self, **kwargs):
-        self.given = kwargs
 
 
 @pytest.mark.parametrize("compiling", (False, True))
@@ -30,7 +20,7 @@ def test_products_and_sums_are_fused(monkeypatch, compiling):
                 _triton.launch(kernel, (3,), cpu, False, M=1)
         else:
             _triton.launch(kernel, (3,), cpu, False, M=1)
-        return kernel.given
+        return kernel.given[-1]
 
     monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
     assert launched() == {"USE_PDL": False, "grid": (3,), "M": 1, "enable_fp_fusion": True}
