@@ -67,8 +67,8 @@ def launch(key: Hashable, tensors: Sequence[Tensor | None], anew: Callable[[], N
         anew()
     # Another thread may try tiles, or have read a table, since.
     if whole not in _known and _tuning.settled() and generation == _tuning.generation:
-        (one,) = launches
-        _known[whole] = _told(one, tensors)
+        # Nothing is noted down where something stands in for `_triton.launch`.
+        _known[whole] = _told(*launches, tensors) if launches else None
         while len(_known) > MOST:
             _known.popitem(last=False)
 

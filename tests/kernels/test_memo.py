@@ -436,6 +436,16 @@ def test_few_are_kept(told, monkeypatch):
     assert len(worked_out) == 5
 
 
+def test_another_launcher(told, monkeypatch):
+    """One that notes nothing down is asked each time."""
+    _, worked_out = told
+    launched = []
+    monkeypatch.setattr(_triton, "launch", lambda *a, **k: launched.append(k))
+    run = shrink(1)
+    run(), run()
+    assert len(launched) == len(worked_out) == 2
+
+
 def test_tensors_in_a_list(monkeypatch):
     """As in a tuple: one that stayed from the first call would be read in every later one."""
     kernel = Kernel()
