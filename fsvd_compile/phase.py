@@ -18,7 +18,7 @@ class Phase(enum.Enum):
 # tensor cores stop being free beside the weight read: 2·M flop per 2-byte weight against 206 flop per
 # byte (790 TFLOP/s over 4.6 TB/s would be M = 172; skinny tiles reach about a third of that rate).
 TABLE: tuple[tuple[float, Phase], ...] = (
-    (2, Phase.DECODE),
+    (2, Phase.DECODE),  # two tokens of streamed weights go with the few, see `kernels._linear`
     (64, Phase.FEW),
     (float("inf"), Phase.PREFILL),
 )

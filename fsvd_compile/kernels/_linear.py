@@ -4,7 +4,7 @@ Both ops are block-diagonal linears, so they share their kernels and differ in w
 product: shrink has a norm in front and all blocks read the same x, expand has slices of z in front
 and bias, activation, gate and residual behind.
 
-* `_gemv`, for one or two tokens: a program owns a few rows of one weight and requests them whole, K
+* `_gemv`, for one or two tokens elsewhere: a program owns a few rows of one weight and requests them whole, K
   masked to a power of two, before it looks at x; fp32 multiply and `tl.sum`. Longer K loops. RMSNorm
   is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read
   limit (see configs/sm90.json); bench/NOTES.md says where the rest is.
@@ -17,8 +17,9 @@ and bias, activation, gate and residual behind.
 * `_skinny`, for a few dozen tokens everywhere else: `tl.dot` on tiles of 16 to 64 tokens, every weight read once
   per tile. Each warp of a program takes slices of K of its own (to Triton, a batch), summed at the
   end. A norm runs in `_norm_rows` before it, and before `_stream_few` unless that `normalizes`.
-* `_stream_few`, for 3 to 64 tokens on compute capability 9.0: the same tiles of weights and of x that TMA brings into
-  shared memory. The eight linears of 8 tokens take 64.9 us for 92.1, those of 32 88.3 for 113.9.
+* `_stream_few`, for 2 to 64 tokens on compute capability 9.0: the same tiles of weights and of x that TMA brings into
+  shared memory. The eight linears of 8 tokens take 64.9 us for 92.1, those of 32 88.3 for 113.9, and of 2, which
+  `_gemv` had before, 59.5 for 78.4.
 
 How a weight is stored ("row": K contiguous, "col": rows contiguous, "any") is compile-time
 knowledge, and so is the alignment of its rows: sizes and strides arrive divided by ALIGN and are
@@ -42,13 +43,13 @@ from fsvd_compile.kernels import _memo, _stream, _stream_few, _triton, _tuning
 from fsvd_compile.kernels._gemv import _gemv
 from fsvd_compile.kernels._skinny import _norm_rows, _skinny
 from fsvd_compile.kernels._triton import cdiv, next_power_of_2
-from fsvd_compile.phase import Phase
+from fsvd_compile.phase import Phase, phase_of
 
 # RMSNorm is carried for so many tokens, least and most. A layer of LLaMA-7B, its norms in the shrink or a kernel and
 # carried (H200): 8 tokens 82.7 and 80.9 us, 16 105.8 and 107.8, 32 152.2 and, with tiles that were searched with it,
 # 148.3, 64 246.0 and 254.2. What 32 tokens owe to the norm and what to the tiles is not known; other numbers of tokens
-# take the tiles of the next of these.
-CARRIED_TOKENS = ((3, 8), (17, 32))
+# take the tiles of the next of these, two those of 8.
+CARRIED_TOKENS = ((2, 8), (17, 32))
 
 
 class Carry(NamedTuple):
@@ -92,7 +93,7 @@ def linear(
     offsets: Sequence[int],
     out: Tensor,
     *,
-    phase: Phase,
+    phase: Phase | None,
     pdl: bool,
     norm: tuple = ("none", None, None, 0.0, 0.0),
     activation: str = "none",
@@ -101,11 +102,13 @@ def linear(
 ) -> Tensor:
     """Fills `out` `[M, n]` with the block-diagonal product of `x` `[M, K]`.
 
-    Weights stored alike go into one launch, up to four; a launch writes its columns of `out`. A norm named "carried"
-    is a factor by sums of squares, its weight; that and `carry` are for launches of which `carries` is true.
+    Weights stored alike go into one launch, up to four; a launch writes its columns of `out`. No phase is that of the
+    number of tokens, see `_phase_of`. A norm named "carried" is a factor by sums of squares, its weight; that and
+    `carry` are for launches of which `carries` is true.
     """
     if out.numel() == 0:
         return out
+    phase = phase or _phase_of(op, x, weights, offsets)
     gated = activation.endswith("_mul")
     groups = [[0, 1]] if gated else _launches(weights)
     if phase is not Phase.DECODE and norm[0] not in ("none", "carried"):
@@ -187,6 +190,16 @@ def kernel_of(
     if phase is Phase.DECODE:
         return "stream" if _stream.takes(op, x, weights, layout) else "gemv"
     return "few" if _stream_few.takes(op, x, weights, offsets, layout) else "skinny"
+
+
+def _phase_of(op: str, x: Tensor, weights: Sequence[Tensor], offsets: Sequence[int]) -> Phase:
+    """`phase_of` the tokens; but two are a few where every launch is `_stream_few`'s.
+
+    A layer of LLaMA-7B with two sequences of 530 tokens: 67.5 us, 96.2 with `_gemv` (H200).
+    """
+    if x.shape[0] == 2 and set(_kernels_of(op, x, weights, offsets, Phase.FEW)) == {"few"}:
+        return Phase.FEW
+    return phase_of(x.shape[0])
 
 
 def _kernels_of(

@@ -126,7 +126,7 @@ def expand_triton(
         pdl: Programmatic dependent launch (sm_90 and later). Weights and biases are then requested
             before the preceding kernel is complete: they must not be what that kernel writes.
         phase: DECODE takes the GEMV kernel, anything else the tensor-core one, both for any number
-            of tokens; None decides by the number of tokens.
+            of tokens; None decides by the number of tokens and, of two, by whether their weights are streamed.
 
     Raises:
         DeviceError: Triton is missing, or z is on a CPU without Triton's interpreter.
@@ -144,7 +144,7 @@ def expand_triton(
         biases,
         offsets,
         out,
-        phase=phase or phase_of(tokens),
+        phase=phase,
         pdl=pdl,
         activation=activation,
         residual=None if residual is None else residual.reshape(tokens, shape[-1]),

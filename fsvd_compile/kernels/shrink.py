@@ -124,7 +124,7 @@ def shrink_triton(
             parameters are then requested before the preceding kernel is complete: they must not be
             what that kernel writes.
         phase: DECODE takes the GEMV kernel, anything else the tensor-core one, both for any number
-            of tokens; None decides by the number of tokens.
+            of tokens; None decides by the number of tokens and, of two, by whether their weights are streamed.
 
     Raises:
         DeviceError: Triton is missing, or x is on a CPU without Triton's interpreter.
@@ -141,7 +141,7 @@ def shrink_triton(
         biases,
         [0] * len(weights),
         out,
-        phase=phase or phase_of(tokens),
+        phase=phase,
         pdl=pdl and read_as_they_lie(norm_weight, norm_bias),
         norm=(norm, in_order(norm_weight), in_order(norm_bias), norm_eps, norm_offset),
     )

@@ -20,6 +20,7 @@ from fsvd_compile.kernels import (
     shrink_reference,
     shrink_triton,
 )
+from fsvd_compile.phase import Phase
 
 HALVES = (torch.bfloat16, torch.float16)
 # The result is rounded, and so is x behind a norm, as eager rounds it.
@@ -57,6 +58,24 @@ def test_what_is_taken(hopper, monkeypatch):
         assert not taken()
 
 
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_two_tokens_are_a_few_where_weights_are_streamed(hopper, monkeypatch):
+    def phase(tokens=2, k=4096, rows=(1024,), dtype=torch.bfloat16, op="shrink", offset=0):
+        x = torch.empty(tokens, k + offset, dtype=dtype)
+        weights = [torch.empty(n, k, dtype=dtype) for n in rows]
+        return _linear._phase_of(op, x, weights, [offset] * len(rows))
+
+    assert phase() is phase(dtype=torch.float16) is phase(op="expand", offset=8) is Phase.FEW
+    assert phase(rows=(1024,) * 5) is Phase.FEW  # two launches
+    # A rank, a place in the latent, a type and a size that are not streamed.
+    assert phase(rows=(1024, 1023)) is phase(rows=(1024,) * 4 + (1023,)) is Phase.DECODE
+    assert phase(op="expand", offset=4) is phase(dtype=torch.float32) is Phase.DECODE
+    assert phase(k=576) is Phase.DECODE
+    assert phase(tokens=1) is Phase.DECODE and phase(tokens=3) is Phase.FEW
+    monkeypatch.setattr(_triton, "capability", lambda device: (8, 0))
+    assert phase() is Phase.DECODE and phase(tokens=3) is Phase.FEW
+
+
 def test_what_is_normalized(hopper):
     def normalized(
         tokens=8, k=4096, dtype=torch.bfloat16, norm="rms", offset=0.0, weight=None, rows=3072
@@ -87,7 +106,7 @@ def test_tiles_of_normalized_x(hopper, tokens):
 
 
 @pytest.mark.parametrize("gated", (False, True))
-@pytest.mark.parametrize("tokens", (3, 8, 9, 32, 64))
+@pytest.mark.parametrize("tokens", (2, 3, 8, 9, 32, 64))
 def test_tiles_fit(hopper, tokens, gated):
     sizes = itertools.product((64, 576, 1488, 4096, 11008), (100, 1024, 11008, 128256))
     for (k, rows), op in itertools.product(sizes, ("shrink", "expand")):
@@ -152,7 +171,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize(("norm", "offset"), (("none", 0.0), ("rms", 0.0), ("rms", 1.0)))
-    @pytest.mark.parametrize("tokens", (3, 8, 13, 50))
+    @pytest.mark.parametrize("tokens", (2, 8, 13, 50))
     @pytest.mark.parametrize("k", (64, 1000, 1488, 4096))
     @pytest.mark.parametrize("rows", ((8,), (1024, 1032), (64, 8, 16, 808)))
     def test_shrink(self, poisoned, rows, k, tokens, norm, offset, dtype):
@@ -191,7 +210,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize("residual", (False, True))
-    @pytest.mark.parametrize("tokens", (8, 33, 64))
+    @pytest.mark.parametrize("tokens", (2, 8, 33, 64))
     @pytest.mark.parametrize(
         ("rows", "ranks", "act"),
         (
@@ -214,6 +233,17 @@ class TestGpu:
         args = z, gapped_weights(rows, ranks, dtype), biases, offsets, res, act
         assert_close("y", expand_triton(*args), expand_reference(*args), LIMITS[dtype])
         assert len(self.launched) == -(-len(rows) // 4)
+
+    def test_two_tokens_of_other_weights_and_of_a_phase_that_is_given(self):
+        x, g = gapped(2, 1096), made(1096)
+        (odd,), (even,) = gapped_weights((1001,), (1096,)), gapped_weights((1000,), (1096,))
+        for weight, phase in ((odd, None), (even, Phase.DECODE)):
+            args = x, [weight], [None], "rms", g, None, 1e-5
+            y = shrink_triton(*args, phase=phase)
+            assert_close("y", y, shrink_reference(*args), 6e-3)
+            assert not self.launched
+        assert_close("y", shrink_triton(*args), shrink_reference(*args), 6e-3)
+        assert len(self.launched) == 1
 
     def test_gate_and_up_of_one_input(self):
         z, w = gapped(8, 1488), gapped_weights((1000, 1000), (1488, 1488))

@@ -312,6 +312,21 @@ def test_streamed_attention_fits_shared_memory(group, dim, h200):
         assert 2 * used <= 227 * 1024
 
 
+def test_splits_of_streamed_attention(h200):
+    """What was measured: every program beside the others, fewer of them where four warps read long texts."""
+
+    def tile(batch, kv_heads, group, length):
+        return _tuning.decode_attention_tile(
+            streamed=True, batch=batch, kv_heads=kv_heads, group=group, length=length, dim=128,
+            itemsize=2, device=CPU,
+        )  # fmt: skip
+
+    assert tile(1, 32, 1, 1024) == tile(1, 32, 1, 8320) == _tuning.AttentionTile(1, 64, 8, 2, 3)
+    assert tile(1, 8, 4, 8320) == _tuning.AttentionTile(1, 64, 26, 4, 3)
+    assert tile(1, 8, 4, 2048) == _tuning.AttentionTile(1, 64, 32, 4, 3)
+    assert tile(32, 32, 1, 1024) == _tuning.AttentionTile(1, 32, 1, 2, 2)
+
+
 def test_decode_attention_of_many_sequences(h200):
     def tile(batch, group=1, itemsize=2, dim=128):
         return _tuning.decode_attention_tile(
