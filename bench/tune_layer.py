@@ -270,11 +270,14 @@ def candidates(name: str) -> list[tuple]:
         if setting.tokens == 1:
             parts = (6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 24)
             several = sorted({max(1, splits * n // 12) for n in parts})
-            found = itertools.product((rows // 2, rows, 2 * rows), several, (2, 4), (1, 2, 3))
+            found = [*itertools.product((rows // 2, rows, 2 * rows), several, (2, 4), (1, 2, 3))]
+            if setting.context <= 2048:
+                # One split has no combine; few of them have most of their text on its way at once.
+                found += itertools.product((rows, 2 * rows), (1, 2, 3), (2, 4, 8), (3, 4, 6))
         else:
             several = sorted({1, 2, splits})
             found = itertools.product((32, 64, 128), several, (2, 4), (1, 2, 3, 4))
-        return [tile for tile in found if tile[0] >= 16 * tile[2]]
+        return [tile for tile in dict.fromkeys(found) if tile[0] >= 16 * tile[2]]
     return tune.candidates(asked(name))
 
 
