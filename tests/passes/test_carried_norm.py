@@ -57,7 +57,7 @@ def run(fn, *args, **kwargs):
     return rewrite(fn, *args, **{"device": "cuda", "limit": 2e-2} | kwargs)
 
 
-@pytest.mark.parametrize("shape", [(TOKENS, K), (3, 1, K), (32, 1, K)], ids=str)
+@pytest.mark.parametrize("shape", [(TOKENS, K), (2, 1, K), (3, 1, K), (32, 1, K)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_between_two_branches(shape, bias):
     alone = {"disable": ("carried_first", "carried_last")}
@@ -143,7 +143,7 @@ def test_two_norms_of_one_result():
 @pytest.mark.parametrize(
     "fn,shape,options",
     [
-        pytest.param(Layers(norm=Norm), (2, K), {}, id="two tokens"),
+        pytest.param(Layers(norm=Norm), (1, K), {}, id="one token"),
         pytest.param(Layers(norm=Norm), (9, K), {}, id="9 tokens"),
         pytest.param(Layers(norm=Norm), (33, K), {}, id="33 tokens"),
         pytest.param(Layers(norm=Norm), (TOKENS, K), {"device": "cpu"}, id="cpu"),
