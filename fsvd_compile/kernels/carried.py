@@ -18,7 +18,14 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton, expand, shrink
-from fsvd_compile.kernels._linear import CARRIED_TOKENS, Carry, carries, linear
+from fsvd_compile.kernels._linear import (
+    CARRIED_TOKENS,
+    Carry,
+    carries,
+    in_order,
+    linear,
+    read_as_they_lie,
+)
 from fsvd_compile.kernels._stream_few import SUMMED_ROWS
 from fsvd_compile.kernels._triton import cdiv
 from fsvd_compile.phase import Phase
@@ -151,9 +158,9 @@ def expand_rms_triton(
         [offset],
         y,
         phase=Phase.FEW,
-        pdl=pdl and shrink.read_as_they_lie(norm_weight),
+        pdl=pdl and read_as_they_lie(norm_weight),
         residual=None if residual is None else residual.reshape(tokens, n),
-        carry=Carry(shrink.in_order(norm_weight), norm_offset, scaled, squares),
+        carry=Carry(in_order(norm_weight), norm_offset, scaled, squares),
     )
     shape = (*z.shape[:-1], n)
     return y.view(shape), scaled.view(shape), squares

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsvd_compile.errors import FactorError
 from fsvd_compile.kernels import _triton
-from fsvd_compile.kernels._linear import check_operands, linear
+from fsvd_compile.kernels._linear import check_operands, in_order, linear, read_as_they_lie
 from fsvd_compile.phase import Phase, phase_of
 
 NORMS = ("none", "rms", "layer")
@@ -146,16 +146,6 @@ def shrink_triton(
         norm=(norm, in_order(norm_weight), in_order(norm_bias), norm_eps, norm_offset),
     )
     return out.view(*x.shape[:-1], out.shape[1])
-
-
-def in_order(parameter: Tensor | None) -> Tensor | None:
-    """A norm's parameter as kernels read it, one element behind the other."""
-    return None if parameter is None else parameter.contiguous()
-
-
-def read_as_they_lie(*parameters: Tensor | None) -> bool:
-    """Whether `in_order` copies none of a norm's parameters: a copy may not be read ahead."""
-    return all(parameter is None or parameter.is_contiguous() for parameter in parameters)
 
 
 def _check(x, weights, biases, norm, norm_weight, norm_bias) -> None:

@@ -159,7 +159,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("whole", (False, True))
     @pytest.mark.parametrize("weighted,offset", [(True, 0.0), (True, 1.0), (False, 0.0)])
-    @pytest.mark.parametrize("tokens", (2, 8, 21, 32))
+    @pytest.mark.parametrize("tokens", (2, 3, 8, 21, 32))
     @pytest.mark.parametrize(
         ("n", "rank", "rows"),
         ((4096, 1024, (1024,) * 3), (1000, 264, (8, 1032)), (64, 64, (64,)), (8200, 72, (64,) * 5)),

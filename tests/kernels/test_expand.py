@@ -98,6 +98,17 @@ def test_triton_storage(storage, activation, phase, poisoned):
     assert_close("y", expand_triton(*args, phase=phase), expand_reference(*args), 2e-6)
 
 
+@PHASES
+@pytest.mark.interpret
+@pytest.mark.parametrize("activation", ("none", "silu_mul"))
+def test_biases_with_gaps_and_of_one_number(activation, phase, poisoned):
+    z, weights, _, *rest = case((3,), (37, 37), (13, 24), activation=activation)
+    biases = [stored(torch.randn(37, 1), "strided")[:, 0], torch.randn(1).expand(37)]
+    assert [b.stride() for b in biases] == [(2,), (0,)]
+    args = z, weights, biases, *rest
+    assert_close("y", expand_triton(*args, phase=phase), expand_reference(*args), 2e-6)
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("ranks", ((0,), (5, 0), (0, 5)))
 def test_triton_rank_zero(ranks, poisoned):

@@ -22,6 +22,9 @@ from fsvd_compile.kernels import (
     shrink_rms_triton,
     shrink_triton,
 )
+from fsvd_compile.kernels._gemv import _gemv
+from fsvd_compile.kernels._skinny import _norm_rows
+from fsvd_compile.kernels._stream_few import _stream_few
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 NORM = ("rms", 1e-5, 0.5)
@@ -147,6 +150,41 @@ def flat(launch):
 
     kernel, grid, device, pdl, kwargs = launch
     return kernel, grid, device, pdl, {name: seen(value) for name, value in kwargs.items()}
+
+
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_two_tokens_by_each_of_their_kernels(told):
+    launches, _ = told
+    for case, kernels in {"few-two": [_norm_rows, _stream_few], "gemv": [_gemv]}.items():
+        launches.clear()
+        CASES[case]()
+        assert [kernel for kernel, *_ in launches] == kernels
+
+
+@pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
+def test_a_bias_that_is_copied_is_not_read_ahead(told):
+    launches, _ = told
+    x, w = empty(1, 4096), empty(1024, 4096)
+    for bias in (empty(1024), empty(2048)[::2], empty(1).expand(1024)):
+        shrink_triton(x, [w], [bias], pdl=True)
+        expand_triton(x, [w], [bias], [0], pdl=True)
+    assert [pdl for *_, pdl, _ in launches] == [True, True, False, False, False, False]
+    for *_, given in launches:
+        assert given["BIAS"][0].stride() == (1,)
+
+
+def test_an_answer_is_remembered_by_how_tensors_lie(hopper):
+    asked = []
+
+    def answer(key, *tensors):
+        return _memo.answer(key, tensors, lambda: asked.append(key) or len(asked))
+
+    x = empty(2, 64)
+    assert [answer("a", x), answer("a", x), answer("a", empty(2, 64))] == [1, 1, 1]
+    assert answer("b", x) == 2 and answer("a", empty(2, 128)[:, :64]) == 3
+    assert answer("a", empty(65 * 2)[1:129].view(2, 64)) == 4  # another distance from 16 bytes
+    _memo.forget()
+    assert answer("a", x) == 5
 
 
 @pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")

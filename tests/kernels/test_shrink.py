@@ -135,6 +135,16 @@ def test_norm_parameters_with_gaps(tokens, poisoned):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("phase", (Phase.DECODE, Phase.FEW), ids=lambda p: p.value)
+def test_biases_with_gaps_and_of_one_number(phase, poisoned):
+    x, weights, _, *norm = case((2,), (13, 9))
+    biases = [stored(torch.randn(13, 1), "strided")[:, 0], torch.randn(1).expand(9)]
+    assert [b.stride() for b in biases] == [(2,), (0,)]
+    args = x, weights, biases, *norm
+    assert_close("y", shrink_triton(*args, phase=phase), shrink_reference(*args), 2e-6)
+
+
+@pytest.mark.interpret
 def test_triton_interpreted_bf16(poisoned):
     """The interpreter holds bf16 as raw bits: right only because each load widens its values."""
     for phase in (Phase.DECODE, Phase.FEW):

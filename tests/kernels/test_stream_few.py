@@ -11,6 +11,7 @@ from opcases import gapped, gapped_weights, made, streamed_only, watch_streamed
 
 from fsvd_compile.kernels import (
     _linear,
+    _memo,
     _stream,
     _stream_few,
     _triton,
@@ -61,7 +62,7 @@ def test_what_is_taken(hopper, monkeypatch):
 @pytest.mark.skipif(_stream.gluon is None, reason="Triton without Gluon")
 def test_two_tokens_are_a_few_where_weights_are_streamed(hopper, monkeypatch):
     def phase(tokens=2, k=4096, rows=(1024,), dtype=torch.bfloat16, op="shrink", offset=0):
-        x = torch.empty(tokens, k + offset, dtype=dtype)
+        x = torch.empty(tokens, k + 8, dtype=dtype)[:, : k + offset]
         weights = [torch.empty(n, k, dtype=dtype) for n in rows]
         return _linear._phase_of(op, x, weights, [offset] * len(rows))
 
@@ -70,9 +71,10 @@ def test_two_tokens_are_a_few_where_weights_are_streamed(hopper, monkeypatch):
     # A rank, a place in the latent, a type and a size that are not streamed.
     assert phase(rows=(1024, 1023)) is phase(rows=(1024,) * 4 + (1023,)) is Phase.DECODE
     assert phase(op="expand", offset=4) is phase(dtype=torch.float32) is Phase.DECODE
-    assert phase(k=576) is Phase.DECODE
+    assert phase(k=576, rows=(8192,)) is phase(rows=(128,)) is Phase.DECODE
     assert phase(tokens=1) is Phase.DECODE and phase(tokens=3) is Phase.FEW
     monkeypatch.setattr(_triton, "capability", lambda device: (8, 0))
+    _memo.forget()
     assert phase() is Phase.DECODE and phase(tokens=3) is Phase.FEW
 
 
@@ -171,7 +173,7 @@ class TestGpu:
 
     @pytest.mark.parametrize("dtype", HALVES)
     @pytest.mark.parametrize(("norm", "offset"), (("none", 0.0), ("rms", 0.0), ("rms", 1.0)))
-    @pytest.mark.parametrize("tokens", (2, 8, 13, 50))
+    @pytest.mark.parametrize("tokens", (2, 3, 8, 13, 50))
     @pytest.mark.parametrize("k", (64, 1000, 1488, 4096))
     @pytest.mark.parametrize("rows", ((8,), (1024, 1032), (64, 8, 16, 808)))
     def test_shrink(self, poisoned, rows, k, tokens, norm, offset, dtype):
@@ -233,6 +235,17 @@ class TestGpu:
         args = z, gapped_weights(rows, ranks, dtype), biases, offsets, res, act
         assert_close("y", expand_triton(*args), expand_reference(*args), LIMITS[dtype])
         assert len(self.launched) == -(-len(rows) // 4)
+
+    def test_biases_with_gaps_and_of_one_number(self, poisoned):
+        """They are copied, and so not read before the kernel in front is done."""
+        z, weights = gapped(8, 1096), gapped_weights((1000, 64), (1096, 1096))
+        biases = [gapped(1000, 1)[:, 0], made(1).expand(64)]
+        assert biases[0].stride() != (1,) and biases[1].stride() == (0,)
+        args = z, weights, biases, [0, 0], None, "none"
+        assert_close("y", expand_triton(*args, pdl=True), expand_reference(*args), 6e-3)
+        args = z, weights, biases
+        assert_close("z", shrink_triton(*args, pdl=True), shrink_reference(*args), 6e-3)
+        assert len(self.launched) == 2
 
     def test_two_tokens_of_other_weights_and_of_a_phase_that_is_given(self):
         x, g = gapped(2, 1096), made(1096)
