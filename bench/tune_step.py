@@ -18,17 +18,20 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from fsvd_compile import bench
-from fsvd_compile.backend import reset
+from fsvd_compile.backend import _pool, reset
 from fsvd_compile.bench import decode
 from fsvd_compile.kernels import _tuning
 from fsvd_compile.kernels._tuning import AttentionTile, Launch, Tile
 
 
 class Trial(NamedTuple):
-    """A tile of decode attention, or of the linears of which `linear` is (op, K, rows); nothing is what is kept."""
+    """A tile of decode attention, or of the linears of which `linear` is (op, K, rows); nothing is what is kept.
+
+    A linear's is the tile of `_stream` or `_stream_few`. What a kernel wants of its tile beyond the numbers (rows of a
+    carried norm, columns for every warp) is not looked at: it raises, which is printed.
+    """
 
     name: str
     attention: AttentionTile | None = None
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--attention",
         type=attention,
+        action="extend",
         nargs="+",
         default=[],
         metavar="ROWS,SPLITS,WARPS,STAGES",
@@ -57,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--linear",
         type=linear,
+        action="extend",
         nargs="+",
         default=[],
         metavar="OP,K,OUT=ROWS,COLUMNS,WARPS,STAGES",
@@ -69,6 +74,8 @@ def main() -> None:
         model=args.model, keep=args.keep, batch=args.batch, context=args.context, cache=args.cache,
         peers=("flashsvd-step",), device="cuda", rounds=args.rounds,
     )  # fmt: skip
+    if args.json:
+        bench.load(args.json)  # which says what is wrong with it
     run(setting, [*args.attention, *args.linear], args.json)
 
 
@@ -109,20 +116,27 @@ def run(setting: decode.Setting, trials: list[Trial], path: str | None) -> None:
         for each, subject.cache in ((KEPT, cache), (other, copied(cache))):
             given = {decode.argument(subject.model): subject.cache}
             step = functools.partial(decode._logits, forward, subject.token, given)
+            captures = sum(_pool.captures.values())
             try:
                 with taking(each) as asked:
                     subject.walk(step)
-            except OutOfResources as error:
-                print(f"{each.name}: does not fit, {error}", flush=True)
+            except Exception as error:
+                if each is KEPT:
+                    raise
+                print(f"{each.name}: {type(error).__name__}: {error}", flush=True)
                 break
-            if each is not KEPT and not asked:
+            if not asked and each is not KEPT:
                 sys.exit(f"tune_step: {each.name}: no launch of this step asks for such a tile.")
+            if sum(_pool.captures.values()) == captures:
+                # Uncaptured it would be timed with the tiles that are kept.
+                sys.exit(f"tune_step: {each.name}: no CUDA graph was captured.")
             errors[each.name] = decode.rel_rms(subject.logits, subject.reference)
             steps[each.name] = step
             before[each.name] = rewinding(subject.cache, setting.context)
         if len(steps) < 2:
             continue
-        wrong = {n: e for n, e in errors.items() if e > decode.ALLOWED * subject.eager_error}
+        allowed = max(decode.ALLOWED * subject.eager_error, decode.FLOOR)
+        wrong = {n: e for n, e in errors.items() if not e <= allowed}  # also NaN
         if wrong:
             print(f"{trial.name}: wrong, not timed; relative RMS to fp32 {wrong}", flush=True)
             continue

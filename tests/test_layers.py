@@ -281,12 +281,14 @@ class Blocks(nn.Module):
     "tokens,head,matches",
     [
         (5, nn.Softmax(-1), [9, 1, 1]),
+        (2, nn.Softmax(-1), [9, 1, 1]),
         # The last layer's own result is read by nobody then.
         (5, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [10, 1, 0]),
+        (2, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [10, 1, 0]),
         (19, nn.Sequential(nn.RMSNorm(1024, 1e-6), nn.Linear(1024, 512, bias=False)), [9, 1, 1]),
         (5, "twofold", [9, 1, 1]),
     ],
-    ids=("no head", "head", "head of a library", "a norm read twice"),
+    ids=("no head", "two tokens", "head", "head, two", "head of a library", "a norm read twice"),
 )
 def test_norms_that_layers_carry_for_each_other(carried, tokens, head, matches, cuda_graphs):
     """Sums of squares cross the borders, and all layers are alike."""

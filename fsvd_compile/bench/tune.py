@@ -179,12 +179,13 @@ def asked(setting: Setting) -> list[Launch]:
 
 
 def _commonest(launches: list[Launch]) -> list[Launch]:
-    """One launch of those that a table of tiles has one row for, the one that most layers have."""
+    """One launch of those that a table of tiles has one row for: the one that most layers have, of the most tokens."""
     by_row: dict[Launch, Launch] = {}
     for launch in launches:
-        row = launch._replace(norm=False, carry=False)
+        tokens = launch.block_m if launch.kernel in ("few", "skinny") else launch.tokens
+        row = launch._replace(norm=False, carry=False, tokens=tokens)
         others = [launch, by_row[row]] if row in by_row else [launch]
-        by_row[row] = max(others, key=lambda one: (one.carry, not one.norm))
+        by_row[row] = max(others, key=lambda one: (one.carry, not one.norm, one.tokens))
     return list(by_row.values())
 
 

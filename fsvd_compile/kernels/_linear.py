@@ -4,10 +4,10 @@ Both ops are block-diagonal linears, so they share their kernels and differ in w
 product: shrink has a norm in front and all blocks read the same x, expand has slices of z in front
 and bias, activation, gate and residual behind.
 
-* `_gemv`, for one or two tokens elsewhere: a program owns a few rows of one weight and requests them whole, K
-  masked to a power of two, before it looks at x; fp32 multiply and `tl.sum`. Longer K loops. RMSNorm
-  is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read
-  limit (see configs/sm90.json); bench/NOTES.md says where the rest is.
+* `_gemv`, for one or two tokens that the streamed kernels below do not take: a program owns a few rows of one weight
+  and requests them whole, K masked to a power of two, before it looks at x; fp32 multiply and `tl.sum`. Longer K loops.
+  RMSNorm is one factor a row, found in the same pass. A layer's eight linears stream at 80 % of an H200's read limit
+  (see configs/sm90.json); bench/NOTES.md says where the rest is.
 * `_stream`, for one token on compute capability 9.0: the same product of weights that TMA brings into shared memory, a
   warp to a row or a few. The eight linears: 85 %, 53.4 us for 55.7; of ranks 1433 and 2089 78.8 us for 110.
 * programmatic dependent launch (USE_PDL): the next kernel may start when every program of this one

@@ -342,9 +342,9 @@ def decode_attention_tile(
     splits and two warps (four warps 58.3, 4 splits 58.2, one block 58.1); 8 and 32 such sequences 85.7 and 81.3,
     158.4 and 151.6 (four warps 81.6 and 152.0, 128 rows 81.9 and 152.4); Llama-3-8B, 8192 tokens in a cache of
     8320, 79.4 and 75.5 with 24 splits and four warps (two 79.6; 16 splits 77.1, 22 75.4, 32 77.1; 128 rows and
-    eight warps 75.9 with 16), later 71.0 with 26 splits and 71.7 with 24; LLaMA-7B, 3000 tokens in 4096 and 8000 in
-    8320, 68.3 and 88.1 with 6 splits, 67.9 and 85.8 with 8. `python bench/tune_layer.py` tries such tiles;
-    bench/results/tune_layer_attention_h200.json, tune_layer_joint_llama3_h200.json and so on.
+    eight warps 75.9 with 16), later 71.0 with 26 splits and 71.7 with 24. `python bench/tune_layer.py` tries such
+    tiles; bench/results/tune_layer_attention_h200.json, tune_layer_joint_llama3_h200.json and so on. LLaMA-7B, 3000
+    tokens in 4096 and 8000 in 8320, 68.3 and 88.1 with 6 splits, 67.9 and 85.8 with 8 (bench/NOTES.md).
 
     *Elsewhere* as found there before: 64 rows, four warps, two blocks for one sequence of as many heads as KV heads
     (none on its way 59.3 for 59.6 us, 32 rows and two blocks 60.3, eight warps 61.6, two 62.9, 4 splits 60.8), 128
@@ -359,8 +359,9 @@ def decode_attention_tile(
         dim: The wider of the two head dims.
     """
     if streamed:
-        # Two programs for each multiprocessor, eight for five where several heads share long texts: four warps each.
-        wanted = (8 if group > 1 and length > 2048 else 10) * _triton.multiprocessors(device) // 5
+        # Two programs for each multiprocessor, eight for five over long texts but for one sequence of ungrouped heads.
+        most = length <= 2048 or (group == 1 and batch == 1)
+        wanted = (10 if most else 8) * _triton.multiprocessors(device) // 5
         splits = max(1, min(wanted // (batch * kv_heads), cdiv(length, 64), 64))
         if group == 1 and batch * kv_heads >= 4 * _triton.multiprocessors(device):
             # Many heads: 0.9 us less of a layer of 32 sequences, 530 tokens in a cache of 1024, as more of the kernel

@@ -312,6 +312,21 @@ def test_streamed_attention_fits_shared_memory(group, dim, h200):
         assert 2 * used <= 227 * 1024
 
 
+def test_launches_that_share_a_row_of_a_table_are_tuned_once():
+    few = _tuning.Launch("expand", "few", 1024, 4096, 8, 2)
+    two, carried, wide = (
+        few._replace(**of) for of in ({"tokens": 2}, {"carry": True}, {"tokens": 9})
+    )
+    assert tune._commonest([two, few, two]) == [few]
+    assert tune._commonest([two, few, carried, wide]) == [carried, wide]
+    gemv = few._replace(kernel="gemv", tokens=2)
+    assert tune._commonest([gemv, gemv._replace(tokens=1), two]) == [
+        gemv,
+        gemv._replace(tokens=1),
+        two,
+    ]
+
+
 def test_splits_of_streamed_attention(h200):
     """What was measured: every program beside the others, fewer of them where four warps read long texts."""
 
@@ -324,6 +339,7 @@ def test_splits_of_streamed_attention(h200):
     assert tile(1, 32, 1, 1024) == tile(1, 32, 1, 8320) == _tuning.AttentionTile(1, 64, 8, 2, 3)
     assert tile(1, 8, 4, 8320) == _tuning.AttentionTile(1, 64, 26, 4, 3)
     assert tile(1, 8, 4, 2048) == _tuning.AttentionTile(1, 64, 32, 4, 3)
+    assert tile(4, 32, 1, 8320).splits == 1 and tile(4, 32, 1, 1024).splits == 2
     assert tile(32, 32, 1, 1024) == _tuning.AttentionTile(1, 32, 1, 2, 2)
 
 
