@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fsvd_compile.passes import vmap
 from fsvd_compile.passes.graph import has_fixed_size, is_input, val
@@ -71,8 +72,18 @@ def cut(graph: Graph, by_size: bool = False) -> list[Piece]:
 
 def _can_stand_alone(piece: Piece) -> bool:
     return piece.binds_its_symbols() and not any(
-        unit.writes_what_inputs_share() or any(_shows_all_of(n) in unit.inputs for n in unit.nodes)
+        unit.writes_what_inputs_share()
+        or any(_shows_all_of(n) in unit.inputs for n in unit.nodes)
+        or any(map(_is_more_than_it_lies, unit.inputs))
         for unit in piece.units
+    )
+
+
+def _is_more_than_it_lies(node: Node) -> bool:
+    """Whether a value is not what its memory holds, as its size and stride show it: a piece would take it for that."""
+    value = val(node)
+    return value is not None and (
+        value.is_neg() or value.is_conj() or is_traceable_wrapper_subclass(value)
     )
 
 

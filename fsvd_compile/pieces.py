@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import sympy
@@ -49,7 +49,7 @@ class Piece:
         """
         local = {n: f"%{i}" for i, n in enumerate((*self.inputs, *self.nodes))}
         body = tuple(
-            (node.op, _target_name(node), repr(map_arg(node.args, lambda n: _Ref(local[n]))),
+            (node.op, _target(node), repr(map_arg(node.args, lambda n: _Ref(local[n]))),
              repr(map_arg(node.kwargs, lambda n: _Ref(local[n]))))
             for node in self.nodes
         )  # fmt: skip
@@ -166,10 +166,9 @@ class _Ref(str):
         return str(self)
 
 
-def _target_name(node: Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
+def _target(node: Node) -> Any:
+    """What a node calls, itself: functions that are made by one function (`F.max_pool2d`) have one name."""
+    return node.target if isinstance(node.target, Hashable) else id(node.target)
 
 
 def piece_of(nodes: list[Node]) -> Piece:

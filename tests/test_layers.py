@@ -400,3 +400,52 @@ def test_what_is_handed_out_for_nobody_is_freed(lowered):
     assert len(first) == 2 and not set(first) & set(freed)  # the caller's, and the next layer's
     for _, _, writes, done in others[:-1]:
         assert len(set(writes) & set(done)) == 1
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.linear, self.pool = nn.Linear(16, 16), pool
+
+    def forward(self, x):
+        h = torch.tanh(self.pool(self.linear(x).view(2, 4, 4, 4), 3)).mean((2, 3))
+        return torch.sin(self.linear(h.repeat(1, 4)))[:, None] + x
+
+
+def test_functions_of_one_name_are_two():
+    """`max_pool2d` and `adaptive_max_pool2d` are closures that one function made, and named."""
+    pools = nn.functional.max_pool2d, nn.functional.adaptive_max_pool2d
+    assert pools[0].__qualname__ == pools[1].__qualname__
+    model, x = nn.Sequential(*map(Pooled, pools)).eval(), torch.randn(2, 4, 16)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="flashsvd")
+        assert_close("model", compiled(x), model(x), 2e-6)
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x, n):
+        return (torch.sin(self.linear(torch.tanh(self.linear(x)))) * 2 + 1) * n
+
+
+class TimesNegative(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Times() for _ in range(2))
+
+    def forward(self, x, z):
+        n = z.conj().imag
+        for layer in self.layers:
+            x = layer(x, n)
+        return x
+
+
+def test_layers_that_read_a_negative_view():
+    """Its memory holds the opposite of what it is."""
+    model, x, z = TimesNegative(), torch.randn(3, 16), torch.randn(3, 16, dtype=torch.complex64)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="flashsvd")
+        assert_close("model", compiled(x, z), model(x, z), 2e-6)

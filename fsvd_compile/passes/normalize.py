@@ -13,6 +13,7 @@ from fsvd_compile.passes.counters import COUNTERS
 from fsvd_compile.passes.graph import (
     emit,
     is_input,
+    is_number,
     is_static,
     is_transpose,
     same_shape,
@@ -160,6 +161,36 @@ def _replace_reshape(match: Match, graph: Graph) -> Node:
         value.meta = dict(match.root.meta)
         return value
     return emit(graph, match.root, match.root, torch.reshape, match["source"], shape(match.root))
+
+
+def _find_scaled_sum(graph: Graph) -> Iterator[Match]:
+    for node in list(graph.nodes):
+        given = arguments(node) if kind_of(node) == "add" else None
+        if node.target == "add_" and len(node.args) == 2 and node.kwargs.keys() == {"alpha"}:
+            given = {"input": node.args[0], "other": node.args[1], **node.kwargs}
+        if given is not None and is_number(given["alpha"]) and given["alpha"] != 1:
+            yield Match(node, {"x": given["input"], "y": given["other"], "a": given["alpha"]})
+
+
+def _scaled_sum_guard(match: Match, context: Context) -> str | None:
+    """Costs nothing, the two are one loop. Inductor of torch 2.13 drops the factor where y is a matrix product."""
+    y = match["y"]
+    if not isinstance(y, Node) or val(y) is None or not val(y).is_floating_point():
+        return "what is multiplied is no floating-point tensor"
+    if val(y).dtype != val(match.root).dtype:
+        return f"what is multiplied is {val(y).dtype} and the sum {val(match.root).dtype}"
+    return None
+
+
+def _replace_scaled_sum(match: Match, graph: Graph) -> Node:
+    root = match.root
+    scaled = emit(graph, root, root, torch.mul, match["y"], match["a"])
+    if root.target != "add_":
+        return emit(graph, root, root, torch.add, match["x"], scaled)
+    with graph.inserting_before(root):
+        value = graph.call_method("add_", (match["x"], scaled))
+    value.meta = dict(root.meta)
+    return value
 
 
 def _addmm_guard(match: Match, context: Context) -> str | None:
@@ -436,6 +467,14 @@ NORMALIZE: tuple[Rewrite, ...] = (
         _find_reshape,
         _replace_reshape,
         repeat=True,
+    ),
+    Rewrite(
+        "scaled_sum",
+        "add(x, y, alpha=a) -> add(x, mul(y, a))",
+        _find_scaled_sum,
+        _replace_scaled_sum,
+        _scaled_sum_guard,
+        quiet=True,
     ),
     Rewrite(
         "in_place",

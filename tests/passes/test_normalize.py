@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import rewrite
+from harness import assert_close, rewrite
 from torch import nn
 
 K = 37
@@ -207,7 +207,6 @@ STAYS = {
     "setitem-of-an-input": lambda x, y: x.__setitem__((0, 1), 0.0) or x + y,
     "out=": lambda x, y: torch.add(x, y, out=x) + 1,
     "out=-of-an-intermediate": lambda x, y: torch.add(x, y, out=(z := x * 2)) + z,
-    "alpha": lambda x, y: (x * 2).add_(y, alpha=3),
     "wider-operand": lambda x, y: (x * 2).half().add_(y),
     "sub_": lambda x, y: (x * 2).sub_(y),
     "other-layout-read-by-strides": _fresh_of_other_layout,
@@ -218,6 +217,53 @@ STAYS = {
 def test_in_place_stays(name):
     """Values, inputs and sharing are compared in `rewrite`; most of these would be wrong if rewritten."""
     rewrite(STAYS[name], *x_and((3, 5, K)), limit=1e-3 if name == "wider-operand" else 1e-5)
+
+
+SCALED_SUMS = {
+    "add": lambda x, y: torch.add(x, y, alpha=3),
+    "method": lambda x, y: x.add(y, alpha=-0.5),
+    "broadcast": lambda x, y: torch.add(x, y[0, :1], alpha=2),
+    "in place": lambda x, y: (x * 2).add_(y, alpha=3) + 1,
+    "in place, nobody reads it": lambda x, y: ((z := x * 2).add_(y, alpha=3), z.sin())[1],
+    "in place on an input": lambda x, y: x.add_(y, alpha=2).sum(),
+    "in place on a part": lambda x, y: ((z := x * 2)[:, 1:3].add_(y[:, :2], alpha=2), z)[1],
+}
+
+
+@pytest.mark.parametrize("name", SCALED_SUMS)
+def test_scaled_sum(name):
+    result = rewrite(SCALED_SUMS[name], *x_and((3, 5, K)))
+    assert result.matches["scaled_sum"] == 1 and "mul" in result.after
+    assert not any("alpha" in node.kwargs for node in result.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    (
+        lambda x, y: torch.add(x, y, alpha=1),
+        lambda x, y: torch.add(x, y.half(), alpha=2),  # rounded to fp16 first it would be another
+        lambda x, y: torch.add(x.long(), y.long(), alpha=2),
+        lambda x, y: torch.sub(x, y, alpha=2),
+        lambda x, y: torch.add(x, 2.0, alpha=2),
+    ),
+)
+def test_scaled_sum_left_alone(fn):
+    assert not rewrite(fn, *x_and((3, 5, K))).only("scaled_sum")
+
+
+@pytest.mark.parametrize("kernels", ("auto", "ops"))
+def test_a_product_times_alpha_keeps_its_factor(kernels):
+    """Inductor of torch 2.13 loses it on a CPU where the product is of matrices."""
+    w = torch.randn(K, K)
+    for fn in (
+        lambda x, y: torch.add(y, F.linear(x, w), alpha=2),
+        lambda x, y: torch.add(F.linear(x, w), y, alpha=0.5),
+        lambda x, y: (y * 1).add_(F.linear(x, w), alpha=2),
+    ):
+        x, y = torch.randn(5, K), torch.randn(5, K)
+        compiled = torch.compile(fn, backend="flashsvd", options={"kernels": kernels})
+        with torch.no_grad():
+            assert_close("y", compiled(x, y), fn(x, y), 2e-6)
 
 
 def test_a_write_to_a_view_with_readers_keeps_both():
