@@ -13,7 +13,7 @@ import argparse
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -132,11 +132,11 @@ def run(setting: decode.Setting, trials: list[Trial], path: str | None) -> None:
                 sys.exit(f"tune_step: {each.name}: no CUDA graph was captured.")
             errors[each.name] = decode.rel_rms(subject.logits, subject.reference)
             steps[each.name] = step
-            before[each.name] = rewinding(subject.cache, setting.context)
+            before[each.name] = functools.partial(decode.rewind, subject.cache, setting.context)
         if len(steps) < 2:
             continue
-        allowed = max(decode.ALLOWED * subject.eager_error, decode.FLOOR)
-        wrong = {n: e for n, e in errors.items() if not e <= allowed}  # also NaN
+        most = decode.allowed(subject.eager_error)
+        wrong = {n: e for n, e in errors.items() if not e <= most}  # also NaN
         if wrong:
             print(f"{trial.name}: wrong, not timed; relative RMS to fp32 {wrong}", flush=True)
             continue
@@ -195,14 +195,6 @@ def copied(cache: Any) -> Any:
         for name in ("keys", "values", "cumulative_length"):
             setattr(layer, name, getattr(layer, name).clone())
     return made
-
-
-def rewinding(cache: Any, context: int) -> Callable[[], None]:
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(context)
-
-    return rewind
 
 
 if __name__ == "__main__":

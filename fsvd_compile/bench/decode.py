@@ -297,8 +297,7 @@ class Subject:
         return functools.partial(_logits, forward, self.token, {argument(self.model): self.cache})
 
     def rewind(self) -> None:
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.context)
+        rewind(self.cache, self.context)
 
     def walk(self, step: Callable[[], torch.Tensor]) -> float:
         """Runs the first steps, from an empty cache behind the context, and keeps their logits.
@@ -501,15 +500,25 @@ def _prepared(name: str, found: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def rewind(cache: Any, context: int) -> None:
+    """Makes a static cache forget what lies behind so many tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(context)
+
+
+def allowed(eager: float) -> float:
+    """The largest error that is one of rounding, by eager's."""
+    return max(ALLOWED * eager, FLOOR)
+
+
 def _check_errors(errors: Mapping[str, float | None], eager: Mapping[str, float | None]) -> None:
     """Raises WrongResultError if one of ours is off. Both by peer, `eager` being eager's error on its model."""
     wrong = []
     for name, error in errors.items():
         if error is None or "flashsvd" not in name:
             continue
-        allowed = max(ALLOWED * eager[name], FLOOR)
-        if not error <= allowed:  # also NaN
-            wrong.append(f"{name} {error:.3e} (eager {eager[name]:.3e}, allowed {allowed:.3e})")
+        if not error <= (most := allowed(eager[name])):  # also NaN
+            wrong.append(f"{name} {error:.3e} (eager {eager[name]:.3e}, allowed {most:.3e})")
     if wrong:
         raise WrongResultError(
             f"WRONG RESULT, nothing is timed. Relative RMS of the logits to fp32: "

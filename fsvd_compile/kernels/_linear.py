@@ -108,7 +108,7 @@ def linear(
     """
     if out.numel() == 0:
         return out
-    x, residual = _near(x), _near(residual)
+    x, residual = _triton.near(x), residual if residual is None else _triton.near(residual)
     pdl = pdl and read_as_they_lie(*biases)
     biases = [in_order(b) for b in biases]
     phase = phase or _phase_of(op, x, weights, offsets)
@@ -141,13 +141,6 @@ def linear(
             carry,
         )
     return out
-
-
-def _near(activation: Tensor | None) -> Tensor | None:
-    """`[M, n]` as it is, or a copy where its columns are further apart than a kernel's 32 bits say."""
-    if activation is None or (activation.shape[1] - 1) * activation.stride(1) < 1 << 31:
-        return activation
-    return activation.contiguous()
 
 
 def in_order(parameter: Tensor | None) -> Tensor | None:

@@ -137,6 +137,13 @@ def recording() -> Iterator[list[tuple]]:
         _told.reset(token)
 
 
+def near(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where elements of a row are further apart than a kernel's 32 bits say."""
+    if (tensor.shape[-1] - 1) * tensor.stride(-1) < 1 << 31:
+        return tensor
+    return tensor.contiguous()
+
+
 def aligned(tensor: torch.Tensor) -> bool:
     """Whether a tensor begins at a multiple of 16 bytes; inside `compiling_only` its storage is taken to."""
     if _compiling_only.get():

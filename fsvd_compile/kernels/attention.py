@@ -449,11 +449,7 @@ def mask_argument(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[str, Ten
     """(kind, mask) as the kernels take them: "none", "bool" (bytes) or "float", expanded to `shape`."""
     if mask is None:
         return "none", None
-    if (mask.shape[-1] - 1) * mask.stride(
-        -1
-    ) >= 1 << 31:  # further apart than a kernel's 32 bits say
-        mask = mask.contiguous()
-    mask = mask.expand(shape)
+    mask = _triton.near(mask).expand(shape)
     return ("bool", mask.view(torch.uint8)) if mask.dtype == torch.bool else ("float", mask)
 
 

@@ -8,7 +8,7 @@ from harness import assert_close
 from opcases import LIMITS, STORAGE, stored
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.kernels import _linear, attention, shrink_aten, shrink_reference, shrink_triton
+from fsvd_compile.kernels import _triton, attention, shrink_aten, shrink_reference, shrink_triton
 from fsvd_compile.phase import Phase
 
 OP = torch.ops.fsvd.shrink.default
@@ -250,8 +250,7 @@ def test_columns_that_are_further_apart_than_32_bits_are_copied():
     """A kernel multiplies a column by its stride in 32 bits; on "meta", where such a tensor has no memory."""
     far = torch.empty_strided((1, 40), (1, 1 << 26), device="meta")
     near = torch.empty_strided((1, 32), (1, 1 << 26), device="meta")
-    assert _linear._near(far).stride(1) == 1 and _linear._near(near) is near
-    assert _linear._near(None) is None
+    assert _triton.near(far).stride(1) == 1 and _triton.near(near) is near
     mask = torch.empty_strided((1, 1, 1, 40), (1, 1, 1, 1 << 26), dtype=torch.bool, device="meta")
     assert attention.mask_argument(mask, (1, 2, 1, 40))[1].stride(3) == 1
     assert attention.mask_argument(mask[..., :32], (1, 2, 1, 32))[1].stride(3) == 1 << 26
