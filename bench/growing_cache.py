@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from fsvd_compile import bench
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, models
 from fsvd_compile.kept_cache import argument
 
 BLOCK = 8
@@ -61,7 +61,7 @@ def measured(setting: decode.Setting, name: str, tokens: int) -> bench.Row:
     torch.manual_seed(0)
     how, cudnn = PEERS[name]
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    model = decode.build(setting, setting.keep)
+    model = models.build(setting, setting.keep)
     vocabulary = model.config.get_text_config().vocab_size
     size = (setting.batch, setting.context + tokens)
     ids = torch.randint(0, vocabulary, size, device=model.device)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fsvd_compile.bench import decode, tune
+from fsvd_compile.bench import models, tune
 from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.kernels import (
     _tuning,
@@ -49,7 +49,7 @@ Stream = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Setting(NamedTuple):
-    """A layer and its step: a key of `decode.MODELS`, ranks (attention, MLP, k and v), how many tokens lie where."""
+    """A layer and its step: a key of `models.MODELS`, ranks (attention, MLP, k and v), how many tokens lie where."""
 
     model: str = "llama-7b"
     ranks: tuple[int, ...] = (1024, 1488, 1024)  # keep 0.5, multiples of 16
@@ -59,19 +59,19 @@ class Setting(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        return decode.MODELS[self.model]["hidden_size"]
+        return models.MODELS[self.model]["hidden_size"]
 
     @property
     def inner(self) -> int:
-        return decode.MODELS[self.model]["intermediate_size"]
+        return models.MODELS[self.model]["intermediate_size"]
 
     @property
     def heads(self) -> int:
-        return decode.MODELS[self.model]["num_attention_heads"]
+        return models.MODELS[self.model]["num_attention_heads"]
 
     @property
     def kv_heads(self) -> int:
-        return decode.MODELS[self.model].get("num_key_value_heads", self.heads)
+        return models.MODELS[self.model].get("num_key_value_heads", self.heads)
 
     @property
     def head(self) -> int:
@@ -108,7 +108,7 @@ NAMES = (*linears(), "attention")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--model", choices=[*decode.MODELS], default="llama-7b")
+    parser.add_argument("--model", choices=[*models.MODELS], default="llama-7b")
     parser.add_argument("--tokens", type=int, default=1, help="sequences of a step, a token each")
     parser.add_argument(
         "--context", type=int, default=Setting().context, help="tokens in the cache"

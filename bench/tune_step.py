@@ -21,7 +21,7 @@ import torch
 
 from fsvd_compile import bench
 from fsvd_compile.backend import _pool, reset
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, models
 from fsvd_compile.kernels import _tuning
 from fsvd_compile.kernels._tuning import AttentionTile, Launch, Tile
 
@@ -132,7 +132,7 @@ def run(setting: decode.Setting, trials: list[Trial], path: str | None) -> None:
                 sys.exit(f"tune_step: {each.name}: no CUDA graph was captured.")
             errors[each.name] = decode.rel_rms(subject.logits, subject.reference)
             steps[each.name] = step
-            before[each.name] = functools.partial(decode.rewind, subject.cache, setting.context)
+            before[each.name] = functools.partial(models.rewind, subject.cache, setting.context)
         if len(steps) < 2:
             continue
         most = decode.allowed(subject.eager_error)

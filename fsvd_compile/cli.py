@@ -11,7 +11,7 @@ import torch
 
 import fsvd_compile
 from fsvd_compile import bench, families
-from fsvd_compile.bench import decode, generate, tune
+from fsvd_compile.bench import decode, generate, models, tune
 from fsvd_compile.errors import FlashSVDError, WrongResultError
 from fsvd_compile.factorize import Refine, checkpoint
 
@@ -193,7 +193,7 @@ def _add_model(parser: argparse.ArgumentParser, default: decode.Setting) -> None
     add = parser.add_argument
     add(
         "--model",
-        help=f"{', '.join(decode.MODELS)}: that shape with random weights; or a directory that "
+        help=f"{', '.join(models.MODELS)}: that shape with random weights; or a directory that "
         "AutoModelForCausalLM.from_pretrained loads, whose linear layers are replaced by random "
         "factors if --keep is below 1, as time does not depend on values "
         f"(default {default.model})",

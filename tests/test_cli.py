@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from fsvd_compile import LowRankLinear, cli
-from fsvd_compile.bench import decode, generate
+from fsvd_compile.bench import decode, generate, models
 from fsvd_compile.errors import BenchError, WrongResultError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_decode_end_to_end(tmp_path, capsys):
     assert "read limit" in out and "relative RMS to fp32" in out and "speed-up" in out
     rows = rows_of(path)
     assert list(rows) == [(n, t) for n in ("eager", "flashsvd-off") for t in ("wall", "event")]
-    model = decode.build(decode.Setting(), 0.5)
+    model = models.build(decode.Setting(), 0.5)
     table = model.get_input_embeddings().weight
     read = 4 * (sum(p.numel() for p in model.parameters()) - table.numel())
     read += 2 * 2 * 4 * 4 * 32 * 8  # keys and values: layers, KV heads, head size, tokens
@@ -193,11 +193,11 @@ def test_a_checkpoint(quick, checkpoint, tmp_path):
     assert quick("--model", checkpoint, "--keep", 1, "--peers", "eager", "--json", path) == 0
     assert rows_of(path)["eager", "wall"]["conditions"]["model"] == str(checkpoint)
     own = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
-    built = decode.build(decode.Setting(checkpoint, keep=1), 1.0).state_dict()
+    built = models.build(decode.Setting(checkpoint, keep=1), 1.0).state_dict()
     assert built.keys() == own.keys() and all(torch.equal(built[k], own[k]) for k in own)
     # Below 1 only the shapes are the checkpoint's, and biases, norms and the head.
     assert quick("--model", checkpoint, "--round", 1, "--peers", "eager") == 0
-    model = decode.build(decode.Setting(checkpoint, round=1), 0.5)
+    model = models.build(decode.Setting(checkpoint, round=1), 0.5)
     layer = model.model.layers[0]
     assert isinstance(layer.self_attn.k_proj, LowRankLinear) and layer.self_attn.k_proj.rank == 5
     assert layer.mlp.up_proj.rank == 10  # int(0.5 * 64 * 32 / 96)
@@ -208,8 +208,8 @@ def test_a_checkpoint(quick, checkpoint, tmp_path):
 @pytest.mark.parametrize(("round", "attention", "mlp"), [(1, 819, 1194), (16, 816, 1184)])
 def test_ranks(round, attention, mlp):
     """int(keep m n / (m + n)), rounded down, at keep 0.4 of LLaMA-7B."""
-    model = decode._shape("llama-7b")
-    decode._factorize_randomly(model, 0.4, round)
+    model = models.shape("llama-7b")
+    models.factorize_randomly(model, 0.4, round)
     layer = model.model.layers[31]
     assert layer.self_attn.q_proj.rank == attention and layer.mlp.down_proj.rank == mlp
     assert isinstance(model.lm_head, torch.nn.Linear)
@@ -218,11 +218,11 @@ def test_ranks(round, attention, mlp):
 
 
 def test_bytes_of_a_tied_head():
-    model = decode._shape("smollm2-135m")
-    assert decode.weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
-    untied = decode._shape("tiny")
+    model = models.shape("smollm2-135m")
+    assert models.weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
+    untied = models.shape("tiny")
     every = sum(p.numel() for p in untied.parameters())
-    assert decode.weight_bytes(untied) == 4 * (every - 1000 * 256)
+    assert models.weight_bytes(untied) == 4 * (every - 1000 * 256)
 
 
 @pytest.mark.parametrize(
@@ -276,13 +276,13 @@ def test_sliding_windows_are_refused():
     )  # fmt: skip
     model = transformers.MistralForCausalLM(config)
     with pytest.raises(BenchError, match="StaticSlidingWindowLayer"):
-        decode.fill(model, torch.zeros(1, 4, dtype=torch.int64), 8)
+        models.fill(model, torch.zeros(1, 4, dtype=torch.int64), 8)
 
 
 def test_long_prompts_fill_the_cache_in_parts(checkpoint):
-    model = decode.build(decode.Setting(checkpoint, keep=1), 1.0)
+    model = models.build(decode.Setting(checkpoint, keep=1), 1.0)
     prompt = torch.randint(0, 97, (2, 600))
-    parts = decode.fill(model, prompt, 610)
+    parts = models.fill(model, prompt, 610)
     whole = transformers.StaticCache(config=model.config, max_cache_len=610)
     with torch.no_grad():
         model(prompt, past_key_values=whole)
@@ -290,7 +290,7 @@ def test_long_prompts_fill_the_cache_in_parts(checkpoint):
         assert part.cumulative_length == 600
         torch.testing.assert_close(part.keys, expected.keys)
         torch.testing.assert_close(part.values, expected.values)
-    assert decode.kv_bytes(parts, 600) == 2 * 2 * 2 * 600 * 16 * 4
+    assert models.kv_bytes(parts, 600) == 2 * 2 * 2 * 600 * 16 * 4
 
 
 def test_without_transformers(quick, capsys, monkeypatch):
@@ -317,7 +317,7 @@ def test_help_needs_no_transformers():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/",
         env={"PATH": "", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
     )  # fmt: skip
-    for word in (*decode.MODELS, *decode.PEERS, "--keep", "--json FILE", "819"):
+    for word in (*models.MODELS, *decode.PEERS, "--keep", "--json FILE", "819"):
         assert word in run.stdout
 
 

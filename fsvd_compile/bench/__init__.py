@@ -1,6 +1,7 @@
 """Measurements: the stopwatch, and the benchmarks behind `fsvd-compile bench`.
 
-`decode` and `generate` are sub-modules, imported where they are used: the stopwatch needs nothing but torch.
+`decode`, `generate`, `models` and `tune` are sub-modules, imported where they are used: the stopwatch
+needs nothing but torch.
 """
 
 from fsvd_compile.bench.stopwatch import Row, add, conditions, load, measure, save, table

@@ -16,39 +16,16 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
+from fsvd_compile.bench import models
 from fsvd_compile.bench.stopwatch import Row, listed, measure
 from fsvd_compile.errors import BenchError, WrongResultError
-from fsvd_compile.factorize.select import check_keep, oriented_weight, select_targets
-from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.factorize.select import check_keep
 from fsvd_compile.kept_cache import argument
 from fsvd_compile.table import aligned
-
-# Arguments of transformers' LlamaConfig.
-MODELS = {
-    "llama-7b": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-        "num_hidden_layers": 32, "num_attention_heads": 32,
-    },
-    "llama3-8b": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "rope_theta": 500000.0, "max_position_embeddings": 65536,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +69,7 @@ class Setting:
     """What to measure; each field is an argument of `fsvd-compile bench decode`.
 
     Attributes:
-        model: A key of `MODELS`, or a directory that `AutoModelForCausalLM.from_pretrained` loads.
+        model: A key of `models.MODELS`, or a directory that `AutoModelForCausalLM.from_pretrained` loads.
             "llama-7b" on a GPU and "tiny" elsewhere by default.
         keep: The share of parameters of every linear layer but the head, in (0, 1]. Below 1 each is
             replaced by a `LowRankLinear` with random weights; at 1 the model stays as it is.
@@ -127,7 +104,7 @@ class Setting:
         if self.model is None:
             self._set("model", "llama-7b" if self.device == "cuda" else "tiny")
         self._set("model", str(self.model))
-        _check_model(self.model)
+        models.check_model(self.model)
         check_keep(self.keep)
         self._set("keep", float(self.keep))
         if self.peers is None:
@@ -162,8 +139,8 @@ class Setting:
 
     @property
     def path(self) -> pathlib.Path | None:
-        """Where the model is loaded from; `None` for the shapes of `MODELS`."""
-        return None if self.model in MODELS else pathlib.Path(self.model)
+        """Where the model is loaded from; `None` for the shapes of `models.MODELS`."""
+        return None if self.model in models.MODELS else pathlib.Path(self.model)
 
 
 def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> list[Row]:
@@ -187,7 +164,7 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
         BenchError: transformers is missing, or the model cannot be loaded or measured this way.
         WrongResultError: one of ours is further from fp32 than `ALLOWED` times eager.
     """
-    _transformers()
+    models.need_transformers()
     torch.manual_seed(0)
     device = torch.device(setting.device)
     limit = read_limit(device)
@@ -270,14 +247,14 @@ class Subject:
         self.keep = keep
         self.multiple = setting.round if keep < 1 else None
         self.context = setting.context
-        self.model = build(setting, keep)
-        _check_positions(self.model, setting)
+        self.model = models.build(setting, keep)
+        models.check_positions(self.model, setting)
         vocabulary = self.model.config.get_text_config().vocab_size
         size = (setting.batch, setting.context + 1)
         ids = torch.randint(0, vocabulary, size, device=self.model.device)
         self.token = ids[:, -1:].contiguous()
-        self.cache = fill(self.model, ids[:, :-1], setting.cache)
-        self.bytes = weight_bytes(self.model) + kv_bytes(self.cache, setting.context)
+        self.cache = models.fill(self.model, ids[:, :-1], setting.cache)
+        self.bytes = models.weight_bytes(self.model) + models.kv_bytes(self.cache, setting.context)
         head = self.model.get_output_embeddings().weight
         # Allocated before any peer runs, so that it does not count as a peer's memory.
         self.logits: torch.Tensor | None = head.new_empty(
@@ -297,7 +274,7 @@ class Subject:
         return functools.partial(_logits, forward, self.token, {argument(self.model): self.cache})
 
     def rewind(self) -> None:
-        rewind(self.cache, self.context)
+        models.rewind(self.cache, self.context)
 
     def walk(self, step: Callable[[], torch.Tensor]) -> float:
         """Runs the first steps, from an empty cache behind the context, and keeps their logits.
@@ -354,109 +331,6 @@ def _logits(forward: Callable, token: torch.Tensor, cache: dict[str, Any]) -> to
     return forward(input_ids=token, use_cache=True, **cache).logits
 
 
-def build(setting: Setting, keep: float, layers: int | None = None) -> nn.Module:
-    """The model in evaluation mode on its device, with the ranks of `keep` and `setting.round`.
-
-    Of a shape of `MODELS` only so many layers, if `layers` is given.
-    """
-    path = setting.path
-    model = _shape(setting.model, layers) if path is None else _load(path, setting.dtype)
-    if keep < 1:
-        _factorize_randomly(model, keep, setting.round)
-    model = model.to(setting.dtype).eval().requires_grad_(False)
-    if path is not None:
-        return model.to(setting.device)
-    model.to_empty(device=setting.device)
-    model.tie_weights()
-    # The frequencies are computed, not stored: allocating the weights left them unset.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(setting.device)
-    for name, parameter in model.named_parameters():
-        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.03)
-    return model
-
-
-def _shape(name: str, layers: int | None = None) -> nn.Module:
-    """A model of `MODELS` without memory."""
-    transformers = _transformers()
-    config = transformers.LlamaConfig(**MODELS[name])
-    if layers is not None:
-        config.num_hidden_layers = layers
-    with torch.device("meta"):
-        return transformers.LlamaForCausalLM(config)
-
-
-def _load(path: pathlib.Path, dtype: torch.dtype) -> nn.Module:
-    try:
-        return _transformers().AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise BenchError(
-            f"model={str(path)!r}: AutoModelForCausalLM.from_pretrained cannot load it: {error}"
-        ) from error
-
-
-def _factorize_randomly(model: nn.Module, keep: float, multiple: int) -> None:
-    """Replaces every linear layer but the head, in place, by one of the same size with random factors."""
-    targets, _ = select_targets(model, keep, None)
-    for target in targets:
-        m, n = oriented_weight(target.module).shape
-        rank = (target.rank or 0) // multiple * multiple
-        if not rank:
-            raise BenchError(
-                f"keep={keep:g} and round={multiple} leave rank 0 for {target.name!r} "
-                f"([{m}, {n}]: {target.rank or 0} before rounding). Use a larger keep or a smaller "
-                "round."
-            )
-        old = target.module.weight
-        made = LowRankLinear(n, m, rank, bias=False, device=old.device, dtype=old.dtype)
-        if old.device.type != "meta":
-            nn.init.normal_(made.v.weight, std=0.03)
-            nn.init.normal_(made.u.weight, std=0.03)
-        made.u.bias = target.module.bias
-        parent, _, child = target.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
-
-
-@torch.no_grad()
-def fill(model: nn.Module, prompt: torch.Tensor, length: int) -> Any:
-    """A static KV cache of that length that holds the prompt `[batch, context]`.
-
-    Raises:
-        BenchError: a layer keeps its state in another way than keys and values for each position.
-    """
-    static = _transformers().cache_utils
-    cache = static.StaticCache(config=model.config, max_cache_len=length)
-    others = {type(layer).__name__ for layer in cache.layers} - {"StaticLayer"}
-    if others:
-        raise BenchError(
-            f"{type(model).__name__} keeps its context in {', '.join(sorted(others))}; a step can "
-            "be repeated at one position only for full attention in every layer (StaticLayer). "
-            "Use a model without sliding windows and recurrent layers."
-        )
-    for part in prompt.split(512, dim=1):  # bounds the memory of long prompts
-        model(part, use_cache=True, logits_to_keep=1, **{argument(model): cache})
-    return cache
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights a step reads: every parameter once, but no embedding table, of which only
-    rows are looked up, unless the head multiplies by it. Experts count as if all were used."""
-    head = model.get_output_embeddings()
-    tables = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
-    }
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
-
-
-def kv_bytes(cache: Any, context: int) -> int:
-    """Bytes of keys and values of `context` tokens of each sequence."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(t[:, :, :context].numel() * t.element_size() for t in tensors)
-
-
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference over that of what is expected."""
     actual, expected = actual.double(), expected.double()
@@ -500,12 +374,6 @@ def _prepared(name: str, found: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def rewind(cache: Any, context: int) -> None:
-    """Makes a static cache forget what lies behind so many tokens."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(context)
-
-
 def allowed(eager: float) -> float:
     """The largest error that is one of rounding, by eager's."""
     return max(ALLOWED * eager, FLOOR)
@@ -540,14 +408,6 @@ def _check_device(device: str) -> None:
         )
 
 
-def _check_model(model: str) -> None:
-    if model not in MODELS and not (pathlib.Path(model) / "config.json").is_file():
-        raise BenchError(
-            f"model={model!r} is neither one of {', '.join(MODELS)} nor a directory with a "
-            "config.json. Name one of these, or a directory that save_pretrained wrote."
-        )
-
-
 def check_peers(peers: Sequence[str], allowed: Mapping[str, Any]) -> None:
     """Raises BenchError unless there are peers, and all are keys of what is allowed."""
     unknown = [name for name in peers if name not in allowed]
@@ -564,29 +424,6 @@ def _check_peers(peers: Sequence[str], keep: float) -> None:
             f"peers: {', '.join(same)} with keep=1, where the model of the other peers is dense "
             "already. Leave dense-* out or use a keep below 1."
         )
-
-
-def _check_positions(model: nn.Module, setting: Setting) -> None:
-    """Only for loaded models: a shape of `MODELS` stands for any context."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if setting.path is not None and most is not None and setting.cache > most:
-        raise BenchError(
-            f"cache={setting.cache}, but the model in {setting.model} takes at most {most} "
-            "positions (max_position_embeddings). Use a shorter cache and context."
-        )
-
-
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise BenchError(
-            "The benchmark builds its models with transformers, which is not installed: "
-            "pip install 'fsvd-compile[transformers]'."
-        ) from error
-    return transformers
 
 
 def _free() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, models
 from fsvd_compile.bench.stopwatch import Row, listed, measure
 from fsvd_compile.errors import BenchError
 from fsvd_compile.table import aligned
@@ -89,7 +89,7 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
     """
     torch.manual_seed(0)
     subject = setting.subject
-    model = decode.build(subject, setting.keep)
+    model = models.build(subject, setting.keep)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(1, vocabulary, (setting.batch, setting.context), device=model.device)
     calls = {name: _call(model, prompt, setting, *PEERS[name]) for name in setting.peers}

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
-from fsvd_compile.bench import decode
+from fsvd_compile.bench import decode, models
 from fsvd_compile.bench.stopwatch import conditions, write_json
 from fsvd_compile.errors import BenchError, WrongResultError
 from fsvd_compile.kept_cache import argument
@@ -166,9 +166,9 @@ def asked(setting: Setting) -> list[Launch]:
         for tokens in setting.tokens:
             subject = setting.subject(tokens)
             # The first layer has its norm in front, the last may carry none: those between are what is tuned.
-            model = decode.build(subject, setting.keep, layers=3)
+            model = models.build(subject, setting.keep, layers=3)
             prompt = torch.randint(100, (tokens, subject.context), device=model.device)
-            cache = decode.fill(model, prompt, subject.cache)
+            cache = models.fill(model, prompt, subject.cache)
             torch._dynamo.reset()
             options = {"cuda_graphs": "off"}
             compiled = torch.compile(model, backend="flashsvd", options=options)
