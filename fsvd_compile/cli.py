@@ -260,12 +260,17 @@ def _add_decode(benches: argparse._SubParsersAction) -> None:
         action="store_false",
         help="do not compare logits with an fp32 copy (saves its memory)",
     )
+    add(
+        "--apart",
+        action="store_true",
+        help="each peer in a process of its own, one after the other, instead of all by turns in one",
+    )
     parser.set_defaults(run=_decode)
 
 
 def _decode(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "batch", "context", "cache", "peers", "device", "rounds")
-    names += ("calls", "check")
+    names += ("calls", "check", "apart")
     return _measured(decode, args, names)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tomllib
@@ -113,6 +115,42 @@ def test_decode_end_to_end(tmp_path, capsys):
         assert entry["share_of_limit"] == pytest.approx(share, rel=0.05, abs=1e-3)
         assert entry["limit_ms"] == pytest.approx(read / entry["read_limit_tb_s"] / 1e9, rel=0.02)
         assert entry["error"] <= decode.FLOOR and entry["first_call_s"] > 0
+
+
+def test_peers_apart(quick, tmp_path, capsys, monkeypatch):
+    """Each in a process of its own, which has nothing of what was done to this one."""
+    monkeypatch.setattr(decode, "Subject", None)
+    path = tmp_path / "rows.json"
+    assert quick("--peers", "eager,dense-eager", "--apart", "--json", path) == 0
+    out = capsys.readouterr().out
+    assert out.count("read limit") == 2 and "speed-up" in out
+    rows = rows_of(path)
+    assert list(rows) == [(n, t) for n in ("eager", "dense-eager") for t in ("wall", "event")]
+    assert [e["conditions"]["keep"] for e in rows.values()] == [0.5, 0.5, 1, 1]
+    for entry in rows.values():
+        assert entry["conditions"]["apart"] is True and entry["median_ms"] > 0
+        assert entry["error"] <= decode.FLOOR and entry["read_limit_tb_s"] != 0.01
+
+
+def killed(setting):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_peer_that_is_killed(quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "_alone", killed)
+    path = tmp_path / "rows.json"
+    assert quick("--peers", "eager,dense-eager", "--apart", "--json", path) == 2
+    message = capsys.readouterr().err
+    assert "'eager' was killed" in message and "--skip-check" in message
+    assert not path.exists()
+
+
+def test_errors_of_peers_apart(tmp_path):
+    """They are those of one process."""
+    (tmp_path / "config.json").write_text("{}")
+    setting = decode.Setting(str(tmp_path), peers=("eager", "flashsvd-off"), apart=True)
+    with pytest.raises(BenchError, match="from_pretrained cannot load it"):
+        decode.run(setting)
 
 
 @pytest.mark.gpu

@@ -12,10 +12,13 @@ import copy
 import dataclasses
 import functools
 import gc
+import multiprocessing
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -82,6 +85,10 @@ class Setting:
         rounds: Blocks per peer and timer.
         calls: Timed calls a block; each advances the KV cache by one token.
         check: Whether to compare logits with an fp32 copy of the model before timing.
+        apart: Whether each peer runs in a process of its own, one after the other, instead of all by turns in one.
+            By turns they share the clocks, the heat and the neighbours of the moment, and whatever another peer
+            does to the process: on an H200 every step is 1 to 4 % slower once something else has captured or run
+            on other streams (bench/NOTES.md). Apart, a peer is timed as in a program that has only it.
 
     Raises:
         BenchError, FactorizeError: a field is outside what is allowed.
@@ -98,6 +105,7 @@ class Setting:
     rounds: int = 10
     calls: int = 20
     check: bool = True
+    apart: bool = False
 
     def __post_init__(self) -> None:
         _check_device(self.device)
@@ -161,9 +169,12 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
         the first call to the last replay before the timing, weights and KV cache not counted.
 
     Raises:
-        BenchError: transformers is missing, or the model cannot be loaded or measured this way.
+        BenchError: transformers is missing, the model cannot be loaded or measured this way, or the process of a
+            peer is killed.
         WrongResultError: one of ours is further from fp32 than `ALLOWED` times eager.
     """
+    if setting.apart and len(setting.peers) > 1:
+        return _apart(setting, say)
     models.need_transformers()
     torch.manual_seed(0)
     device = torch.device(setting.device)
@@ -193,7 +204,7 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
                 steps, before=before, device=device, tokens=setting.batch, rounds=setting.rounds,
                 calls=setting.calls, warmup=1, timer=timer, phase="decode", model=setting.model,
                 batch=setting.batch, context=setting.context, cache=setting.cache,
-                dtype=setting.dtype, pdl=os.environ.get("FSVD_PDL", "1"),
+                dtype=setting.dtype, pdl=os.environ.get("FSVD_PDL", "1"), apart=setting.apart,
             )
             for timer in ("event", "wall")
         }  # fmt: skip
@@ -203,6 +214,31 @@ def run(setting: Setting, say: Callable[[str], None] = lambda line: None) -> lis
             subject = subjects[PEERS[row.name].dense]
             rows.append(_complete(row, subject, limit, found[row.name]))
     return rows
+
+
+def _apart(setting: Setting, say: Callable[[str], None]) -> list[Row]:
+    """What `run` returns, by a fresh process for each peer, with its own copy of model, text and fp32 logits."""
+    rows = []
+    spawn = multiprocessing.get_context("spawn")  # a process that is forked has no CUDA
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for name in setting.peers:
+            one = dataclasses.replace(setting, peers=(name,))
+            try:
+                lines, found = pool.submit(_alone, one).result()
+            except BrokenProcessPool as error:
+                raise BenchError(
+                    f"peers: the process of {name!r} was killed, by the system if memory ran out (its output says "
+                    "more). Use a smaller model or --skip-check, which keeps no fp32 copy."
+                ) from error
+            for line in lines:
+                say(line)
+            rows += found
+    return rows
+
+
+def _alone(setting: Setting) -> tuple[list[str], list[Row]]:
+    lines: list[str] = []
+    return lines, run(setting, lines.append)
 
 
 def table(rows: Sequence[Row]) -> str:
