@@ -13,10 +13,8 @@ from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families.assemble import (
     Assembly,
     assemble,
-    completed,
     disguises,
     dtype_of,
-    is_common,
     out_in,
 )
 from fsvd_compile.families.hub import register
@@ -81,8 +79,6 @@ def _assembled(
             "merge=False says how an adapter is held; name its directory (adapter=)."
         )
     source = read(path)
-    if is_common(source):
-        source = completed(source)
     return source, assemble(source, None if adapter is None else read_adapter(adapter), merge)
 
 

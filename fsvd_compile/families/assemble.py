@@ -24,6 +24,7 @@ from fsvd_compile.families.adapters import (
     nearest,
     oriented,
 )
+from fsvd_compile.families.conversions import Conversions
 from fsvd_compile.families.disguise import Disguised, undisguised
 from fsvd_compile.families.lora import Adapted, Adapter, Delta, joined, merge, rekeyed
 from fsvd_compile.families.native import BRANCH, METHOD, config_dict, linear_shape
@@ -156,7 +157,10 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
-    plain, branches = _unbranched(_renamed(source.tensors, skeleton, shapes), shapes)
+    plain = _renamed(source.tensors, skeleton, shapes)
+    if is_common(source):
+        plain = _completed(source, plain)
+    plain, branches = _unbranched(plain, shapes)
     stored = unpacked(source, plain, shapes)
     tensors = stored.tensors
     family, pairs = find(source, tensors, shapes)
@@ -322,8 +326,10 @@ def _renamed(
 
 
 def _names(names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any]) -> dict[str, str]:
-    """The plain model's name of each: with or without the prefix of its base, whichever fits more."""
+    """The plain model's name of each: with or without the prefix of its base, whichever fits more, and where that is
+    none of the model's, as transformers renames it on loading."""
     names = list(names)
+    conversions = Conversions(skeleton)
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model_prefix else ""
     expected = {*skeleton.state_dict(), *(f"{name}." for name in shapes)}
     renamings = (
@@ -332,11 +338,28 @@ def _names(names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any]) -> di
         lambda name: name.removeprefix(prefix),
     )
 
-    def fits(rename: Any) -> int:
-        return sum(any(part in expected for part in _parts(rename(name))) for name in names)
+    def known(name: str) -> bool:
+        return any(part in expected for part in _parts(name))
 
-    rename = max(renamings, key=fits)
-    return {name: rename(name) for name in names}
+    rename = max(renamings, key=lambda rename: sum(known(rename(name)) for name in names))
+
+    def found(name: str) -> str:
+        for new in (rename(name), name):
+            if known(new):
+                return new
+        for new in (conversions.renamed(name), conversions.renamed(rename(name))):
+            if known(new) or conversions.target(new) in expected:
+                return new
+        return rename(name)
+
+    taken: dict[str, str] = {}
+    for name in names:
+        other = taken.setdefault(new := found(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{other} and {name} are both {new} of a {type(skeleton).__name__}; remove one of them."
+            )
+    return {name: new for new, name in taken.items()}
 
 
 def _unbranched(
@@ -460,22 +483,37 @@ def _rest(
     for key in tied:  # stored under its second name alone
         if key in tensors and ties[key] not in tensors:
             tensors = tensors | {ties[key]: tensors[key]}
-    rest = {key: tensor for key, tensor in tensors.items() if key in expected and key not in tied}
+    conversions = Conversions(skeleton)
+    pieces = {key: conversions.target(key) for key in tensors if key not in expected}
+    # The weights of linear modules are looked at by name, so none of them may come in pieces.
+    linear = {f"{name}.weight" for name, _ in _linears(skeleton)}
+    pieces = {key: to for key, to in pieces.items() if to in expected and to not in linear}
+    rest = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if (key in expected and key not in tied) or key in pieces
+    }
     over = [
         key
         for key, tensor in tensors.items()
         if key not in expected
+        and key not in pieces
         and key not in computed
         and not _IDLE.fullmatch(key)
         and not (key in replaced and tensor.numel() == 1)  # a placeholder that LEMS registers
     ]
-    missing = [key for key in expected if key not in rest and key not in tied]
+    there = {*rest, *tied, *pieces.values()}
+    missing = [key for key in expected if key not in there]
     missing += [
         f"{name}.bias"
         for name, module in modules.items()
         if module.bias is None and skeleton.get_submodule(name).bias is not None
     ]
-    wrong = [key for key, tensor in rest.items() if tensor.shape != expected[key].shape]
+    wrong = [
+        key
+        for key, tensor in rest.items()
+        if key not in pieces and tensor.shape != expected[key].shape
+    ]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}"
         for what, keys in (
@@ -503,8 +541,8 @@ def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def completed(source: Source) -> Source:
-    """A checkpoint in the common format with every shared first factor under each of its names.
+def _completed(source: Source, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint in the common format with every shared first factor under each of its names.
 
     Raises:
         CheckpointError: the config's entry is malformed, or a factor it names is not there.
@@ -512,7 +550,7 @@ def completed(source: Source) -> Source:
     entries = source.config["quantization_config"].get("modules")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise CheckpointError(f"{source.path}: the config's modules are no dict of dicts.")
-    tensors = dict(source.tensors)
+    tensors = dict(tensors)
     for name, entry in entries.items():
         if "v" in entry and f"{entry['v']}.v.weight" in tensors:
             tensors.setdefault(f"{name}.v.weight", tensors[f"{entry['v']}.v.weight"])
@@ -523,7 +561,7 @@ def completed(source: Source) -> Source:
                 f"{source.path}: the config gives {name!r} rank {entry.get('rank')!r}; its factors are "
                 f"u {None if u is None else list(u.shape)} and v {None if v is None else list(v.shape)}."
             )
-    return dataclasses.replace(source, tensors=tensors)
+    return tensors
 
 
 def is_common(source: Source) -> bool:

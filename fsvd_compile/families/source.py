@@ -98,13 +98,14 @@ def _with_class(
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file.
+    """The object in a JSON file, empty if there is no such file. Numbers that JSON lacks are read as transformers
+    writes them, `{"__float__": "Infinity"}`.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(), object_hook=_number)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -112,6 +113,10 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, not an object.")
     return config
+
+
+def _number(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
