@@ -27,7 +27,7 @@ from fsvd_compile.families.adapters import (
 from fsvd_compile.families.conversions import Conversions
 from fsvd_compile.families.disguise import Disguised, undisguised
 from fsvd_compile.families.lora import Adapted, Adapter, Delta, joined, merge, rekeyed
-from fsvd_compile.families.native import BRANCH, METHOD, config_dict, linear_shape
+from fsvd_compile.families.native import BRANCH, METHOD, config_dict, linear_shape, ties_of
 from fsvd_compile.families.source import Source, memory
 from fsvd_compile.families.storage import unpacked
 
@@ -164,7 +164,7 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
     stored = unpacked(source, plain, shapes)
     tensors = stored.tensors
     family, pairs = find(source, tensors, shapes)
-    ties = skeleton.all_tied_weights_keys
+    ties = ties_of(skeleton)
     if family is None:
         weights = [f"{name}.weight" for name in shapes]
         there = sum(key in tensors or key in ties for key in weights)
@@ -210,7 +210,7 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
     swapped = {name: module for name, module in modules.items() if name in shapes}
     used = {key for factors in pairs.values() for key in factors.keys}
     rest = _rest(source, skeleton, swapped, {k: t for k, t in tensors.items() if k not in used})
-    ties = skeleton.all_tied_weights_keys
+    ties = ties_of(skeleton)
     of_others = {*ties, *ties.values()}
     dense = {
         name: None if key in of_others else out_in(skeleton.get_submodule(name), rest[key])
@@ -478,7 +478,7 @@ def _rest(
         for name, module in skeleton.named_modules()
         for buffer in module._non_persistent_buffers_set
     }
-    ties = skeleton.all_tied_weights_keys
+    ties = ties_of(skeleton)
     tied = {key for key in ties if key in expected}
     for key in tied:  # stored under its second name alone
         if key in tensors and ties[key] not in tensors:

@@ -26,6 +26,7 @@ from fsvd_compile.families.native import (
     modules_of,
     state_of,
     swap_in,
+    ties_of,
 )
 from fsvd_compile.families.parallel import split_factors
 
@@ -152,7 +153,8 @@ def _register(registry: ModuleType) -> None:
                 if hasattr(type(part), "_init_weights"):
                     part._init_weights = _without_factors(part._init_weights)
             # Under its second name a shared factor is not missing from the file: it is tied.
-            model.all_tied_weights_keys |= {
+            ties = ties_of(model)
+            ties |= {
                 f"{name}.v.weight": f"{entry['v']}.v.weight"
                 for name, entry in modules.items()
                 if "v" in entry

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsvd_compile.errors import CheckpointError
+from fsvd_compile.errors import CheckpointError, VersionError
 from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 from fsvd_compile.families.source import memory
 
@@ -52,6 +52,22 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
         if "v" in entry:
             del state[f"{name}.v.weight"]
     return state
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """transformers' own dict of the names that are tied in a model, by what each is tied to.
+
+    Raises:
+        VersionError: the transformers that is installed keeps none.
+    """
+    if (ties := getattr(model, "all_tied_weights_keys", None)) is None:
+        import transformers
+
+        raise VersionError(
+            f"transformers {transformers.__version__} does not tell which weights of a {type(model).__name__} are "
+            "tied; factorized checkpoints are read with 5.0 or later: pip install -U transformers."
+        )
+    return ties
 
 
 def swap_in(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:

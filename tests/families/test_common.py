@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fsvd_compile
 from fsvd_compile import LowRankLinear, factorize, families
-from fsvd_compile.errors import CheckpointError
+from fsvd_compile.errors import CheckpointError, VersionError
 
 
 def llama(layers=2, **more):
@@ -197,3 +197,17 @@ def test_the_old_directory_stays_until_the_new_one_is_there(saved, monkeypatch):
     fsvd_compile.save(model, folder, overwrite=True)
     assert sorted(f.name for f in folder.iterdir()) == before
     assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_transformers_that_is_too_old(saved, monkeypatch):
+    """4.57 builds and saves models, and has no table of what is tied."""
+    start = transformers.PreTrainedModel.post_init
+
+    def post_init(model):
+        start(model)
+        del model.all_tied_weights_keys
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "post_init", post_init)
+    for read in (fsvd_compile.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(VersionError, match=r"read with 5\.0 or later: pip install -U"):
+            read(saved[1])
