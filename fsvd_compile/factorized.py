@@ -4,8 +4,11 @@ low-rank pair beside it is a `BranchedLinear`, y = W x + b + U (V x).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from fsvd_compile.errors import FactorError
 
@@ -97,6 +100,16 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         return self.v.weight.shape[0]
 
+    @property
+    def weight(self) -> Product:
+        """The dense weight, for code that looks at a linear layer's from outside."""
+        return Product(self.u.weight, self.v.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """That of `u`."""
+        return self.u.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         return self.u(self.v(x))
@@ -149,9 +162,70 @@ class BranchedLinear(nn.Module):
     def out_features(self) -> int:
         return self.branch.out_features
 
+    @property
+    def weight(self) -> Product:
+        """The sum, `[out_features, in_features]`, for code that looks at a linear layer's weight from outside."""
+        base = self.base.weight if isinstance(self.base, nn.Linear) else self.base.weight.T
+        return Product(self.branch.u.weight, self.branch.v.weight, base)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """That of `base`."""
+        return self.base.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         return self.base(x) + self.branch(x)
+
+
+class Product:
+    """U V, or W + U V, in the place of a dense weight: nothing is multiplied until a value is asked for.
+
+    Models read `.weight.dtype` and `.device` of their linear layers in `forward` (T5, BLIP-2), which costs nothing
+    here, and some multiply by it (Mamba), which costs the product anew each time. It is no `torch.Tensor`; attributes
+    and functions other than the ones below take the tensor that it stands for.
+
+    Args:
+        u: `[out_features, rank]`.
+        v: `[rank, in_features]`.
+        base: `[out_features, in_features]`, added to the product.
+    """
+
+    def __init__(self, u: torch.Tensor, v: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        self._u, self._v, self._base = u, v, base
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self._u if self._base is None else self._base).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._u.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self._u.shape[0], self._v.shape[1]))
+
+    def tensor(self) -> torch.Tensor:
+        """What it stands for, newly multiplied; gradients flow to the factors."""
+        product = self._u @ self._v.to(self._u.dtype)
+        return product if self._base is None else self._base + product.to(self._base.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by copy and pickle of what has no factors yet
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __matmul__(self, other: Any) -> torch.Tensor:
+        return self.tensor() @ other
+
+    def __rmatmul__(self, other: Any) -> torch.Tensor:
+        return other @ self.tensor()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, cls.tensor, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

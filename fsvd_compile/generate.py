@@ -120,7 +120,7 @@ def _why_no_loop(model: Any) -> str | None:
 def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict[str, Callable]:
     """`custom_generate=decode_loop` where `generate` is transformers' and would run its sampling loop."""
     parameters = inspect.signature(generate).parameters
-    if "custom_generate" not in parameters or not hasattr(model, "_sample"):
+    if "custom_generate" not in parameters or _has_own_loop(model):
         return {}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
@@ -145,6 +145,13 @@ def _loop_for(model: Any, generate: Callable, args: tuple, kwargs: dict) -> dict
     return {"custom_generate": functools.partial(decode_loop, streamer=given.get("streamer"))}
 
 
+def _has_own_loop(model: Any) -> bool:
+    """Whether the sampling loop of a model is another than transformers', which ours does what it does for."""
+    from transformers import GenerationMixin
+
+    return not hasattr(model, "_sample") or not _is_of(GenerationMixin, model, "_sample")
+
+
 def decode_loop(
     model: Any,
     input_ids: torch.Tensor,
@@ -159,11 +166,13 @@ def decode_loop(
     transformers asks the device after every token whether all sequences are finished, and only then prepares
     the next step: 1.8 ms of Python in which a GPU idles. Here the next step is launched first and the answer
     read while it runs. Tokens, processors, criteria and random numbers are those of transformers' loop, in its
-    order; what differs is one forward call too many when a sequence ends before its greatest length, whose
-    result is dropped, and that a streamer gets each token a step later. The KV cache is one of `kept_cache` where
+    order; what differs, on a GPU, is one forward call too many when a sequence ends before its greatest length, whose
+    result is dropped, and that a streamer gets each token a step later. No such call goes beyond the positions that
+    the model has (`max_position_embeddings`). The KV cache is one of `kept_cache` where
     transformers made a static one and, for a compiled model on a GPU, also where nobody asked for a kind of cache.
     Calls that get the KV cache back (a cache of their own, or `return_dict_in_generate`) and encoder-decoder models
-    run transformers' loop, as the call too many would show there; that is logged.
+    run transformers' loop, as the call too many would show there, and a model with a loop of its own runs that; it is
+    logged.
 
     Args:
         model: A transformers model; what `generate` runs is its `__call__`.
@@ -184,8 +193,10 @@ def decode_loop(
     if (reason := _why_no_loop(model)) is not None:
         raise VersionError(f"decode_loop: {reason}. Leave custom_generate out.")
     config = generation_config
-    if _shows_cache(model, config, model_kwargs):
-        log.info("generate returns more than tokens: transformers' own loop runs")
+    own = _has_own_loop(model)
+    if own or _shows_cache(model, config, model_kwargs):
+        why = "the model has a loop of its own" if own else "generate returns more than tokens"
+        log.info("%s: %s runs", why, "it" if own else "transformers' own loop")
         return model._sample(
             input_ids,
             logits_processor=logits_processor,
@@ -195,6 +206,7 @@ def decode_loop(
             **model_kwargs,
         )
     limit = stopping_criteria.max_length
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     compiled = model._compiled_call_impl is not None
     cache = kept_cache.name_in(model_kwargs)
     if (given := model_kwargs.get(cache)) is not None:
@@ -237,6 +249,10 @@ def decode_loop(
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             results.send(unfinished, tokens)
             if limit is not None and input_ids.shape[1] >= limit:
+                break
+            # Behind the last position a table has no row to look up.
+            beyond = positions is not None and input_ids.shape[1] > positions
+            if (beyond or not results.are_late) and results.finished_before():
                 break
             outputs = forward(**step.inputs(input_ids, model_kwargs), return_dict=True)
     results.finished_before()  # the streamer gets what is still coming
@@ -337,6 +353,11 @@ class _Results:
         self.device = device
         self.streamer = streamer
         self.coming: collections.deque = collections.deque()
+
+    @property
+    def are_late(self) -> bool:
+        """Whether the host would wait for them: a GPU is still at work when the next step can be launched."""
+        return self.device.type == "cuda"
 
     def send(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
         flag = self._copied(unfinished.max() == 0)

@@ -277,7 +277,70 @@ def test_processors():
         _processed(LogitsProcessorList([Shifted(), Wanting()]))(tokens, scores)
 
 
-def test_one_call_too_many_only_where_a_sequence_ends_early(model):
+@pytest.fixture
+def late(monkeypatch):
+    """A CPU that is waited for as a GPU is."""
+    monkeypatch.setattr(generate._Results, "are_late", True)
+
+
+def test_no_call_too_many_on_a_cpu():
+    model = zoo.factorized("llama", layers=1)
+    count = []
+    model.register_forward_pre_hook(lambda *_: count.append(1))
+    ids = prompts(model, 1)
+    end = model.generate(ids, **settings(model))[0, 5 + 3].item()
+    count.clear()
+    out = model.generate(ids, **settings(model, eos_token_id=end), custom_generate=decode_loop)
+    assert out.shape[1] - 5 < NEW and len(count) == out.shape[1] - 5
+
+
+class EndsAt(LogitsProcessor):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, 2] = 1e9 if input_ids.shape[1] == self.length else -1e9
+        return scores
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [15, 16])
+def test_no_call_behind_the_last_position(late, length, device):
+    """The last token that a table has a position for may be followed by one more, which no forward call gets."""
+    config = transformers.GPT2Config(
+        vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_positions=16, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval().to(device)
+    ids = prompts(model)
+    options = settings(model, max_new_tokens=40, eos_token_id=2)
+    count = []
+    model.register_forward_pre_hook(lambda *_: count.append(1))
+    theirs, ours = both(
+        model, ids, **options, logits_processor=LogitsProcessorList([EndsAt(length)])
+    )
+    assert torch.equal(ours, theirs) and ours.shape[1] == length + 1
+    assert len(count) == 2 * (length - 4) + (length < 16)
+
+
+def test_a_model_with_a_loop_of_its_own(model, calls):
+    class Own(type(model)):
+        def _sample(self, input_ids, **kwargs):
+            out = super()._sample(input_ids, **kwargs)
+            return torch.cat((out, torch.full_like(out[:, :2], 42)), dim=1)
+
+    model.__class__ = Own
+    ids = prompts(model)
+    expected = model.generate(ids, **settings(model))
+    assert expected.shape[1] == 5 + NEW + 2
+    assert torch.equal(compiled(model).generate(ids, **settings(model)), expected)
+    assert not calls
+    ours = model.generate(ids, **settings(model), custom_generate=decode_loop)
+    assert torch.equal(ours, expected)
+
+
+def test_one_call_too_many_only_where_a_sequence_ends_early(model, late):
     count = []
     model.register_forward_pre_hook(lambda *_: count.append(1))
     ids = prompts(model, 1)
@@ -342,8 +405,9 @@ def test_what_other_loops_do_stays_theirs(model, calls):
 def test_what_shows_the_cache_is_left_to_transformers(model, monkeypatch):
     ids = prompts(model)
     taken = []
-    plain = type(model)._sample
-    monkeypatch.setattr(type(model), "_sample", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    plain = transformers.GenerationMixin._sample
+    sample = lambda *args, **kwargs: taken.append(1) or plain(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(transformers.GenerationMixin, "_sample", sample)
     more = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     theirs, ours = both(model, ids, **settings(model, **more))
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -376,13 +440,13 @@ def test_with_another_transformers_its_own_loop_runs(model, calls, monkeypatch, 
     else:
         monkeypatch.delattr(transformers.PreTrainedModel, name)
     seen = []
-    plain = type(model)._sample
+    plain = transformers.GenerationMixin._sample
 
     def sample(self, *args, **kwargs):
         seen.append(self._valid_auto_compile_criteria({}, self.generation_config))
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "_sample", sample)
+    monkeypatch.setattr(transformers.GenerationMixin, "_sample", sample)
     fast = compiled(model)  # forgets what was warned of
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

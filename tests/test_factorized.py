@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fsvd_compile.errors import FactorError
-from fsvd_compile.factorized import BranchedLinear, LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear, Product
 
 
 @pytest.mark.parametrize("m,n,r", [(8, 8, 3), (12, 5, 2), (5, 12, 4), (7, 9, 1), (4, 4, 11)])
@@ -25,6 +25,7 @@ def test_forward_is_the_product(m, n, r, bias):
     assert (module.in_features, module.out_features, module.rank) == (n, m, r)
     assert f"{n}, {m}, rank={r}" in repr(module)
     assert (module.u.bias is not None) is bias and module.v.bias is None
+    assert module.bias is module.u.bias
 
 
 def test_sizes_follow_the_tensors_not_the_constructor():
@@ -179,3 +180,44 @@ def test_a_branch_is_added_to_what_the_base_gives(conv):
 def test_branches_that_do_not_fit(base, branch, says):
     with pytest.raises(FactorError, match=says):
         BranchedLinear(base, branch)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weight_is_looked_at_without_a_product(beside, monkeypatch):
+    module = LowRankLinear(7, 5, 3, bias=False, dtype=torch.float64)
+    if beside:
+        module = BranchedLinear(nn.Linear(7, 5, dtype=torch.float64), module)
+    torch.manual_seed(0)
+    x = torch.randn(7, 2, dtype=torch.float64)
+    eye = torch.eye(7, dtype=torch.float64)
+    expected = (module(eye) - (module.base.bias if beside else 0)).T
+    for name, actual in {
+        "tensor": module.weight.tensor(),
+        "matmul": module.weight @ eye,
+        "rmatmul": eye[:5, :5] @ module.weight,
+        "function": nn.functional.linear(eye, module.weight).T,
+        "method": module.weight.T.T,
+        "data": module.weight.data,
+    }.items():
+        assert_close(name, actual, expected, 1e-12)
+    assert_close("linear", module.weight @ x, expected @ x, 1e-12)
+    (module.weight @ x).sum().backward()
+    assert all(p.grad is not None for n, p in module.named_parameters() if "bias" not in n)
+    assert module.bias is (module.base.bias if beside else None)
+    assert "weight" not in module.state_dict() and "weight" not in dict(module.named_parameters())
+    monkeypatch.setattr(Product, "tensor", None)
+    weight = module.weight
+    assert (weight.dtype, weight.device.type, weight.shape) == (torch.float64, "cpu", (5, 7))
+    assert not isinstance(weight, torch.Tensor)
+
+
+def test_weight_of_a_branch_beside_a_conv1d():
+    module = BranchedLinear(Conv1D(5, 7), LowRankLinear(7, 5, 3, bias=False))
+    assert_close("weight", module.weight @ torch.eye(7), module(torch.eye(7)).T, 1e-6)
+
+
+def test_weight_of_factors_in_two_dtypes():
+    module = LowRankLinear(7, 5, 3, bias=False)
+    module.u.half()
+    assert module.weight.dtype == torch.float16 == module.weight.tensor().dtype
+    assert module.weight.tensor().shape == (5, 7)
