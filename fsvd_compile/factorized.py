@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from fsvd_compile.errors import FactorError
 
@@ -182,8 +181,10 @@ class Product:
     """U V, or W + U V, in the place of a dense weight: nothing is multiplied until a value is asked for.
 
     Models read `.weight.dtype` and `.device` of their linear layers in `forward` (T5, BLIP-2), which costs nothing
-    here, and some multiply by it (Mamba), which costs the product anew each time. It is no `torch.Tensor`; attributes
-    and functions other than the ones below take the tensor that it stands for.
+    here, and some multiply by it (Mamba), which costs the product anew each time, and a graph break. Other
+    attributes and methods are those of the tensor that it stands for; functions of torch refuse it and take
+    `tensor()`. (With a `__torch_function__` they would not, but Dynamo of torch 2.13 would make x @ weight of
+    weight @ x.)
 
     Args:
         u: `[out_features, rank]`.
@@ -221,11 +222,6 @@ class Product:
 
     def __rmatmul__(self, other: Any) -> torch.Tensor:
         return other @ self.tensor()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(cls, cls.tensor, (tuple(args), kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

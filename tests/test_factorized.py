@@ -195,7 +195,7 @@ def test_weight_is_looked_at_without_a_product(beside, monkeypatch):
         "tensor": module.weight.tensor(),
         "matmul": module.weight @ eye,
         "rmatmul": eye[:5, :5] @ module.weight,
-        "function": nn.functional.linear(eye, module.weight).T,
+        "function": nn.functional.linear(eye, module.weight.tensor()).T,
         "method": module.weight.T.T,
         "data": module.weight.data,
     }.items():
@@ -221,3 +221,23 @@ def test_weight_of_factors_in_two_dtypes():
     module.u.half()
     assert module.weight.dtype == torch.float16 == module.weight.tensor().dtype
     assert module.weight.tensor().shape == (5, 7)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_by_a_weight_are_compiled_in_their_order(cheap, whole):
+    torch.manual_seed(0)
+    module = LowRankLinear(6, 6, 3, bias=False)
+    x = torch.randn(6, 6)
+    products = [
+        lambda x: module(x.to(module.weight.dtype)) * module.weight.shape[0],
+        lambda x: module.weight.tensor() @ x,
+        lambda x: module.weight.T @ x,
+    ]
+    if not whole:
+        products += [lambda x: module.weight @ x, lambda x: x @ module.weight]
+    for product in products:
+        torch._dynamo.reset()
+        compiled = torch.compile(product, backend="flashsvd", fullgraph=whole)
+        assert_close("compiled", compiled(x), product(x), 1e-6)
+    with pytest.raises(TypeError, match="must be Tensor, not Product"):
+        nn.functional.linear(x, module.weight)

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 import zoo
 from decoding import DECODERS, check_decoder, dynamic, run, static
 from harness import assert_close
 
-from fsvd_compile import LowRankLinear
+from fsvd_compile import LowRankLinear, factorize
 from fsvd_compile.report import collect
 
 # Matches per graph for two layers: (prompt, decode). The same for every spelling of a factorized linear.
@@ -207,6 +208,27 @@ def test_packed_tokens_like_continuous_batching(cheap):
             alone = model(ids[:, start : start + n], use_cache=False).logits
             assert_close("alone", actual[:, start : start + n], alone, 1e-5)
             start += n
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_a_weight(cheap):
+    """T5 reads `.weight.dtype` of a linear layer in every forward call; nothing is multiplied out for it."""
+    config = transformers.T5Config(
+        vocab_size=97, d_model=48, d_kv=8, d_ff=88, num_layers=2, num_heads=6, decoder_start_token_id=0
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    factorize(model, 0.8, progress=False)
+    assert isinstance(model.encoder.block[0].layer[1].DenseReluDense.wo, LowRankLinear)
+    given = {
+        "input_ids": torch.randint(1, 97, (2, 9)),
+        "decoder_input_ids": torch.randint(1, 97, (2, 4)),
+        "use_cache": False,
+    }
+    compiled = torch.compile(model, backend="flashsvd", fullgraph=True)
+    with collect() as reports:
+        assert_close("logits", compiled(**given).logits, model(**given).logits, 1e-5)
+    assert [r.matches["lowrank_chain"] for r in reports] == [32]
 
 
 def test_a_model_that_matches_nothing(cheap):
