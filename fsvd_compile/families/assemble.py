@@ -179,7 +179,11 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
         family = next((f for f in FAMILIES if any(map(f.roles, keys))), DENSE)
     adapted, deltas = None, {}
     if adapter is not None:
-        transposed = {n for n in shapes if type(skeleton.get_submodule(n)).__name__ == "Conv1D"}
+        transposed = {
+            name
+            for name, module in skeleton.named_modules()
+            if type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+        }
         adapter = rekeyed(adapter, _names((*adapter.deltas, *adapter.saved), skeleton, shapes))
         pair_shapes = {name: shapes[name] for name in pairs}
         apart = {

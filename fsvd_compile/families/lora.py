@@ -21,12 +21,21 @@ from fsvd_compile.families.source import memory, read, read_json
 
 CONFIG = "adapter_config.json"
 _WRAPPER = "base_model.model."
-_PAIR = re.compile(r"(.+)\.lora_(A|B)\.(?:[^.]+\.)?weight")
+_PAIR = re.compile(r"(.+)\.lora_(?:(A|B)\.(?:[^.]+\.)?weight|embedding_(A|B)(?:\.[^.]+)?)")
+# The weight itself of an adapted head or embedding, which PEFT stores with the adapter.
+_BASE = re.compile(r"(.+)\.base_layer\.weight")
 # Other ways to start change the base's weights as well (PiSSA, OLoRA, CorDA, LoftQ), so that the adapter does not
 # belong to the base as it is stored.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-# What makes of LoRA another function of A and B, or adds tensors of other kinds.
-_OTHERS = ("use_dora", "lora_bias", "use_qalora", "target_parameters", "trainable_token_indices")
+# Settings that leave the function what it is, or are looked at here. Any other that is set may make another function of
+# A and B (DoRA, aLoRA, KaSA) or another base: there are more with each version of PEFT.
+_KNOWN = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +63,8 @@ class Adapter:
     Attributes:
         path: The directory.
         deltas: By the adapted module's name in the base model.
-        saved: Whole tensors that the adapter brings (`modules_to_save`), by theirs.
+        saved: Whole tensors that the adapter brings (`modules_to_save`, and the weights beneath an adapted head or
+            embedding), by theirs.
     """
 
     path: pathlib.Path
@@ -98,8 +108,8 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     """Reads a directory that PEFT's `save_pretrained` wrote: `adapter_config.json`, and safetensors or `.bin`.
 
     Per module `base_model.model.<name>.lora_A.weight` `[r, in]` and `lora_B.weight` `[out, r]`, with the scale
-    alpha / r, or alpha / sqrt(r) for `use_rslora`; `alpha_pattern` and `rank_pattern` name modules with others
-    (huggingface/peft, `tuners/lora`).
+    alpha / r, or alpha / sqrt(r) for `use_rslora`; `alpha_pattern` and `rank_pattern` name modules with others. Of an
+    embedding `lora_embedding_A` `[r, rows]` and `lora_embedding_B` `[dim, r]` (huggingface/peft, `tuners/lora`).
 
     Raises:
         CheckpointError: it is no LoRA adapter, of a kind that is not a sum (DoRA and others named in the
@@ -112,34 +122,38 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             f"{path}: there is no {CONFIG}; name the directory that PEFT's save_pretrained wrote."
         )
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    others = [name for name in _OTHERS if config.get(name)]
+    others = [name for name in sorted(config) if config[name] and name not in _KNOWN]
     if kind != "LORA" or others or config.get("bias", "none") != "none" or start not in _STARTS:
         raise CheckpointError(
             f"{path}: peft_type={kind!r}, bias={config.get('bias')!r}, init_lora_weights={start!r}"
-            f"{''.join(f', {name}' for name in others)}: only plain LoRA without biases, on unchanged base "
-            "weights, is read; merge it with PEFT (merge_and_unload) first."
+            f"{''.join(f', {name}={str(config[name])[:40]}' for name in others)}: only plain LoRA without biases, on "
+            "unchanged base weights, is read; merge it with PEFT (merge_and_unload) first."
         )
     halves: dict[str, dict[str, torch.Tensor]] = {}
-    saved = {}
+    saved, bases = {}, {}
     for key, tensor in read(path).tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {key} holds NaN, inf or {tensor.dtype}.")
         name = key.removeprefix(_WRAPPER)
-        found = _PAIR.fullmatch(name)
-        if found is None:
+        found, base = _PAIR.fullmatch(name), _BASE.fullmatch(name)
+        side = found and (found[2] or found[3])
+        if base is not None:
+            bases[f"{base[1]}.weight"] = tensor
+        elif found is None:
             saved[name] = tensor
-        elif found[2] in halves.setdefault(found[1], {}):
+        elif side in halves.setdefault(found[1], {}):
             raise CheckpointError(
                 f"{path} holds more than one adapter; save the one that is meant."
             )
         else:
-            halves[found[1]][found[2]] = tensor
+            halves[found[1]][side] = tensor
     odd = [key for key in saved if "lora_" in key or not config.get("modules_to_save")]
     if odd or not halves:
         raise CheckpointError(
             f"{path}: {', '.join(odd[:4]) or 'no tensor'} is not lora_A or lora_B of a linear module."
         )
-    return Adapter(path, {n: _delta(path, n, half, config) for n, half in halves.items()}, saved)
+    deltas = {n: _delta(path, n, half, config) for n, half in halves.items()}
+    return Adapter(path, deltas, saved | bases)
 
 
 def _delta(
@@ -189,7 +203,7 @@ def merge(
         tensors: The checkpoint's, under the plain model's names; changed in place.
         ties: Names of weights that are another's, by what they are tied to. One that is changed is written
             out, and so no longer tied.
-        transposed: Names of modules whose weight is stored as `[in, out]`.
+        transposed: Names of modules whose weight is stored as `[in, out]`, embeddings among them.
         factorized: (out, in) of the modules that are pairs of factors.
         dense: The linear modules beside whose weight a branch can lie, if nothing is to be merged.
 
@@ -203,6 +217,14 @@ def merge(
     joined: dict[str, Delta] = {}
     kept: dict[str, Delta] = {}
     merged = []
+    for key, tensor in adapter.saved.items():
+        there = tensors.get(key, tensors.get(ties.get(key, "")))
+        if there is None or there.shape != tensor.shape:
+            raise CheckpointError(
+                f"{adapter.path} brings {key} {list(tensor.shape)}; the base has "
+                f"{'none' if there is None else list(there.shape)}."
+            )
+        tensors[key] = tensor
     for name, delta in adapter.deltas.items():
         key = f"{name}.weight"
         weight = tensors.get(key, tensors.get(ties.get(key, "")))
@@ -230,19 +252,13 @@ def merge(
                 f"{adapter.path}: {key} is one tensor of several modules of the base, of which the adapter "
                 "names one; merge it with PEFT."
             )
+        for other in (other for other, to in ties.items() if to == key):
+            tensors.setdefault(other, weight)  # it shared the weight, not the adapter
         change = delta.scale * (delta.b.float() @ delta.a.float())
         tensors[key] = (weight.float() + (change.T if flip else change)).to(weight.dtype)
         if not tensors[key].isfinite().all():
             raise CheckpointError(f"{adapter.path}: {key} with the adapter exceeds {weight.dtype}.")
         merged.append(key)
-    for key, tensor in adapter.saved.items():
-        there = tensors.get(key, tensors.get(ties.get(key, "")))
-        if there is None or there.shape != tensor.shape:
-            raise CheckpointError(
-                f"{adapter.path} brings {key} {list(tensor.shape)}; the base has "
-                f"{'none' if there is None else list(there.shape)}."
-            )
-        tensors[key] = tensor
     ranks = [{n: delta.a.shape[0] for n, delta in deltas.items()} for deltas in (joined, kept)]
     return Adapted(adapter.path, tuple(merged), *ranks, tuple(adapter.saved)), joined | kept
 

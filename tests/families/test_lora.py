@@ -212,6 +212,10 @@ def test_bad_tensors(edit, says, tmp_path):
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"lora_bias": True}, "lora_bias"),
+        (
+            {"a_setting_of_tomorrow": {"beta": 1}},
+            r"a_setting_of_tomorrow=\{'beta': 1\}: only plain LoRA",
+        ),
         ({"r": 7}, "rank 7"),
         ({"lora_alpha": None}, "alpha None"),
         ({"alpha_pattern": {"(": 3}}, "is no pattern"),
