@@ -507,7 +507,7 @@ def _rest(
         and not (key in replaced and tensor.numel() == 1)  # a placeholder that LEMS registers
     ]
     there = {*rest, *tied, *pieces.values()}
-    missing = [key for key in expected if key not in there]
+    missing = [key for key in expected if key not in there and not _is_made(skeleton, key)]
     missing += [
         f"{name}.bias"
         for name, module in modules.items()
@@ -530,6 +530,13 @@ def _rest(
             f"{source.path} does not describe a {type(skeleton).__name__}: {'; '.join(problems)}."
         )
     return rest
+
+
+def _is_made(model: Any, key: str) -> bool:
+    """Whether a parameter is computed by the model and left out of its files, as sinusoids are."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return key in unsaved or any(re.search(pattern, key) for pattern in patterns)
 
 
 def dtype_of(source: Source, assembly: Assembly) -> torch.dtype:

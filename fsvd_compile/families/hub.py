@@ -12,12 +12,11 @@ import importlib.abc
 import importlib.machinery
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from fsvd_compile.errors import CheckpointError
-from fsvd_compile.factorized import BranchedLinear, LowRankLinear
 from fsvd_compile.families.native import (
     METHOD,
     NOTE,
@@ -89,18 +88,6 @@ def describe(model: Any) -> None:
     model.hf_quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](entry, pre_quantized=True)
 
 
-def _without_factors(initialize: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Leaves out modules that hold a factorized one: some models reach for its `.weight` there, and
-    what they would initialize is read from the checkpoint."""
-
-    def initialize_others(module: Any) -> None:
-        kinds = (LowRankLinear, BranchedLinear)
-        if not any(isinstance(child, kinds) for child in module.children()):
-            initialize(module)
-
-    return initialize_others
-
-
 def _register(registry: ModuleType) -> None:
     if METHOD in registry.AUTO_QUANTIZER_MAPPING:
         return
@@ -149,9 +136,6 @@ def _register(registry: ModuleType) -> None:
             before = model.tp_plan or {}
             if (plan := split_factors(model, before)) != before:
                 model.tp_plan = plan
-            for part in model.modules():
-                if hasattr(type(part), "_init_weights"):
-                    part._init_weights = _without_factors(part._init_weights)
             # Under its second name a shared factor is not missing from the file: it is tied.
             ties = ties_of(model)
             ties |= {
@@ -162,8 +146,6 @@ def _register(registry: ModuleType) -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             self.quantization_config.follow(model)
-            for part in model.modules():
-                part.__dict__.pop("_init_weights", None)
             # transformers would refuse `.half()` and the like; here they are right.
             model.is_quantized = False
             return model

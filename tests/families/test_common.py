@@ -86,7 +86,7 @@ def entry(config):
         (lambda c: entry(c).update(modules=3), "no dict of dicts"),
         (lambda c: c.update(hidden_act="nonesuch"), "nonesuch"),
         (lambda c: c.update(num_attention_heads=0), "config"),
-        (lambda c: c.update(architectures=5), "name no model"),
+        (lambda c: c.update(architectures=5), "name no model|config is not valid"),
     ],
 )
 def test_damaged_configs_are_found(saved, edit, says):
@@ -141,8 +141,45 @@ def test_gpt2_whose_initialisation_reads_weights(tmp_path):
     fsvd_compile.save(model, tmp_path / "out")
     for read in (families.load(tmp_path / "out"), type(model).from_pretrained(tmp_path / "out")):
         assert torch.equal(output(read), output(model))
-        assert "_init_weights" not in read.transformer.__dict__
     assert "GPT2LMHeadModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MARIAN = {
+    "vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 1, "decoder_start_token_id": 1,
+}  # fmt: skip
+COMPUTED = {
+    "sinusoids of a module with factors": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(**GPT, rotary_dim=4)
+    ),
+    "a mask of one": lambda: transformers.ImageGPTModel(transformers.ImageGPTConfig(**GPT)),
+    "a matrix of one": lambda: transformers.FNetModel(
+        transformers.FNetConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64
+        )
+    ),
+    "parameters that no file holds": lambda: transformers.MarianMTModel(
+        transformers.MarianConfig(**MARIAN)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_a_model_computes_when_it_is_loaded(name, tmp_path):
+    torch.manual_seed(0)
+    model = COMPUTED[name]().eval()
+    factorize(model, 0.8, progress=False)
+    model.save_pretrained(tmp_path)
+    for read in (families.load, type(model).from_pretrained):
+        rubbish = [torch.full((n,), 7.5e30) for n in (64, 256, 1024, 4096) for _ in range(40)]
+        del rubbish  # what is left without values now has these
+        loaded = read(tmp_path)
+        values = dict(model.named_buffers()) | dict(model.named_parameters())
+        for key, value in (*loaded.named_buffers(), *loaded.named_parameters()):
+            assert torch.equal(value, values.pop(key)), key
+        assert not values
 
 
 def test_generation_settings_and_tied_heads(tmp_path):
