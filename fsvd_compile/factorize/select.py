@@ -133,7 +133,7 @@ def _why_not(name: str, module: nn.Module, owners: dict[object, list[str]]) -> s
         return "it is the model itself; there is no parent to put the factors into"
     # A subclass may do more than a product, or have its weight read from outside
     # (nn.MultiheadAttention).
-    if kind is not nn.Linear and not _is_conv1d(module):
+    if kind is not nn.Linear and not _is_conv1d(module) and not _is_falcons(module):
         return f"{kind.__name__} is not a plain nn.Linear"
     weight = module._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or weight.dim() != 2:
@@ -223,6 +223,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     # Looked up, not imported: a model that has one has transformers loaded already.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def _is_falcons(module: nn.Module) -> bool:
+    """Whether it is FalconLinear, the same function written as a product and a sum."""
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return falcon is not None and type(module) is falcon.FalconLinear
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

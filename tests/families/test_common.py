@@ -144,6 +144,23 @@ def test_gpt2_whose_initialisation_reads_weights(tmp_path):
     assert "GPT2LMHeadModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_falcon_whose_linear_layers_are_a_class_of_their_own(tmp_path):
+    config = transformers.FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True
+    )
+    torch.manual_seed(0)
+    model = transformers.FalconForCausalLM(config).eval()
+    dense = model.transformer.h[0].mlp.dense_h_to_4h
+    assert len(factorize(model, 0.8, progress=False).modules) == 8
+    x, factorized = torch.randn(3, 32), model.transformer.h[0].mlp.dense_h_to_4h
+    left = (factorized(x) - dense(x)).norm() / dense(x).norm()
+    values = torch.linalg.svdvals(dense.weight)
+    assert left < 2 * values[factorized.rank :].norm() / values.norm()
+    model.save_pretrained(tmp_path)
+    for read in (families.load, type(model).from_pretrained):
+        assert torch.equal(output(read(tmp_path)), output(model))
+
+
 GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MARIAN = {
     "vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
