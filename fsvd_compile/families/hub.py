@@ -22,6 +22,7 @@ from fsvd_compile.families.native import (
     NOTE,
     VERSION,
     config_dict,
+    keep_factors,
     modules_of,
     state_of,
     swap_in,
@@ -153,6 +154,7 @@ def _register(registry: ModuleType) -> None:
         def get_state_dict_and_metadata(
             self, model: Any, *args: Any, **kwargs: Any
         ) -> tuple[dict[str, Any], dict[str, str]]:
+            keep_factors(model)
             return state_of(model), {}
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

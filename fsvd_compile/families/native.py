@@ -20,6 +20,7 @@ from torch import nn
 
 from fsvd_compile.errors import CheckpointError, VersionError
 from fsvd_compile.factorized import BranchedLinear, LowRankLinear
+from fsvd_compile.families.conversions import leave_alone
 from fsvd_compile.families.source import memory
 
 METHOD = "flashsvd"
@@ -52,6 +53,12 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
         if "v" in entry:
             del state[f"{name}.v.weight"]
     return state
+
+
+def keep_factors(model: nn.Module) -> None:
+    """Lets transformers write every factor and dense weight of a linear module as it is, see `leave_alone`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    leave_alone(model, (f"{name}.{part}" for name in names for part in ("weight", "bias")))
 
 
 def ties_of(model: nn.Module) -> dict[str, str]:
@@ -191,6 +198,7 @@ def save(
     try:
         draft.chmod(0o755)
         with _described(model, modules):
+            keep_factors(model)
             model.save_pretrained(draft, state_dict=state_of(model))
         for name in _BESIDE if beside is not None else ():
             if (file := pathlib.Path(beside) / name).is_file():

@@ -516,18 +516,27 @@ def test_an_interrupt_leaves_the_model_as_it_was(where, monkeypatch):
 
 
 class ReadsWeight(nn.Module):
-    def __init__(self):
+    def __init__(self, multiplies):
         super().__init__()
         self.wo = nn.Linear(8, 8)
+        self.multiplies = multiplies
 
     def forward(self, x):
+        if self.multiplies:
+            return nn.functional.linear(x, self.wo.weight)
         return self.wo(x.to(self.wo.weight.dtype))
 
 
-def test_a_model_that_reads_weights_is_put_back():
-    model = nn.Sequential(ReadsWeight(), nn.Linear(8, 8))
+def test_a_model_that_looks_at_weights():
+    model = nn.Sequential(ReadsWeight(False), nn.Linear(8, 8))
+    report = factorize(model, 0.5, calibration=[torch.randn(2, 8)], progress=False)
+    assert [module.name for module in report.modules] == ["0.wo", "1"]
+
+
+def test_a_model_that_multiplies_by_weights_is_put_back():
+    model = nn.Sequential(ReadsWeight(True), nn.Linear(8, 8))
     batch = [torch.randn(2, 8)]
-    with Unchanged(model), pytest.raises(FactorizeError, match=r"no attribute 'weight'.*select="):
+    with Unchanged(model), pytest.raises(FactorizeError, match=r"Tensor, not Product.*select="):
         factorize(model, 0.5, calibration=batch, progress=False)
     report = factorize(model, 0.5, calibration=batch, select=["1"], progress=False)
     assert report.dense == {"0.wo": "not selected"}

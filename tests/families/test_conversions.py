@@ -138,3 +138,38 @@ def test_an_infinity_in_a_config(tmp_path):
     loaded = fsvd_compile.load(tmp_path)
     assert tuple(loaded.config.time_step_limit) == (0.0, float("inf"))
     torch.testing.assert_close(output(loaded), output(model))
+
+
+def nomic():
+    torch.manual_seed(0)
+    config = transformers.NomicBertConfig(vocab_size=97, **SIZES)
+    return transformers.NomicBertModel(config).eval()
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "NomicBertModel"), reason="newer transformers have it"
+)
+@pytest.mark.parametrize(
+    "keep", [0.8, {"*q_proj": 0.9, "*": 0.6}, {"*q_proj": 0.8}, {"*down_proj": 0.8}]
+)
+def test_factors_are_not_joined_as_dense_weights_are(keep, tmp_path):
+    """Published files hold q, k and v as one weight; factors of q, k and v have ranks of their own."""
+    model = nomic()
+    factorize(model, keep, progress=False)
+    with torch.no_grad():
+        expected = model(torch.arange(5, 23).view(2, 9)).last_hidden_state
+    model.save_pretrained(tmp_path / "theirs")
+    fsvd_compile.save(model, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        for read in (fsvd_compile.load, type(model).from_pretrained):
+            with torch.no_grad():
+                actual = read(tmp_path / folder)(torch.arange(5, 23).view(2, 9)).last_hidden_state
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "NomicBertModel"), reason="newer transformers have it"
+)
+def test_a_dense_model_is_written_as_ever(tmp_path):
+    nomic().save_pretrained(tmp_path)
+    assert any("Wqkv" in key for key in load_file(tmp_path / "model.safetensors"))
