@@ -287,3 +287,15 @@ def test_trained_norms_are_of_their_shape(tmp_path):
     (made.path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         families.load(made.path)
+
+
+def test_codes_are_those_of_bitsandbytes():
+    """Where that is installed, which the tests do not ask for."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    x = torch.randn(5, 64)
+    assert torch.equal(functional.create_dynamic_map(signed=True).float(), dynamic_map())
+    for row in x:
+        quantized, state = functional.quantize_blockwise(row, blocksize=64)
+        ours = dequantized(quantized.view(1, -1), state.absmax)
+        assert torch.equal(ours.view(-1), functional.dequantize_blockwise(quantized, state))
