@@ -161,44 +161,6 @@ def test_falcon_whose_linear_layers_are_a_class_of_their_own(tmp_path):
         assert torch.equal(output(read(tmp_path)), output(model))
 
 
-GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-MARIAN = {
-    "vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "max_position_embeddings": 64, "pad_token_id": 1, "decoder_start_token_id": 1,
-}  # fmt: skip
-COMPUTED = {
-    "sinusoids of a module with factors": lambda: transformers.GPTJForCausalLM(
-        transformers.GPTJConfig(**GPT, rotary_dim=4)
-    ),
-    "a mask of one": lambda: transformers.ImageGPTModel(transformers.ImageGPTConfig(**GPT)),
-    "a matrix of one": lambda: transformers.FNetModel(
-        transformers.FNetConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=64
-        )
-    ),
-    "parameters that no file holds": lambda: transformers.MarianMTModel(
-        transformers.MarianConfig(**MARIAN)
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", COMPUTED)
-def test_what_a_model_computes_when_it_is_loaded(name, tmp_path):
-    torch.manual_seed(0)
-    model = COMPUTED[name]().eval()
-    factorize(model, 0.8, progress=False)
-    model.save_pretrained(tmp_path)
-    for read in (families.load, type(model).from_pretrained):
-        rubbish = [torch.full((n,), 7.5e30) for n in (64, 256, 1024, 4096) for _ in range(40)]
-        del rubbish  # what is left without values now has these
-        loaded = read(tmp_path)
-        values = dict(model.named_buffers()) | dict(model.named_parameters())
-        for key, value in (*loaded.named_buffers(), *loaded.named_parameters()):
-            assert torch.equal(value, values.pop(key)), key
-        assert not values
-
-
 def test_generation_settings_and_tied_heads(tmp_path):
     made = checkpoints.GENERATORS["ablinear-llama-sharded-tied"](tmp_path)
     folder = pathlib.Path(made.path)
