@@ -182,15 +182,18 @@ class Product:
 
     Models read `.weight.dtype` and `.device` of their linear layers in `forward` (T5, BLIP-2), which costs nothing
     here, and some multiply by it (Mamba), which costs the product anew each time, and a graph break. Other
-    attributes and methods are those of the tensor that it stands for; functions of torch refuse it and take
-    `tensor()`. (With a `__torch_function__` they would not, but Dynamo of torch 2.13 would make x @ weight of
-    weight @ x.)
+    attributes and methods are those of the tensor that it stands for, but for those that write; functions of torch
+    refuse it and take `tensor()`. (With a `__torch_function__` they would not, but Dynamo of torch 2.13 would make
+    x @ weight of weight @ x.)
 
     Args:
         u: `[out_features, rank]`.
         v: `[rank, in_features]`.
         base: `[out_features, in_features]`, added to the product.
     """
+
+    # What transformers' initializers leave alone.
+    _is_hf_initialized = True
 
     def __init__(self, u: torch.Tensor, v: torch.Tensor, base: torch.Tensor | None = None) -> None:
         self._u, self._v, self._base = u, v, base
@@ -215,7 +218,23 @@ class Product:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked by copy and pickle of what has no factors yet
             raise AttributeError(name)
+        if name in ("data", "grad") or name.endswith("_"):
+            self._refuse(name)
         return getattr(self.tensor(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("_u", "_v", "_base"):
+            self._refuse(name)
+        super().__setattr__(name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._refuse("[]")
+
+    def _refuse(self, name: str) -> None:
+        raise FactorError(
+            f"weight.{name}: the weight of a {' x '.join(map(str, self.shape))} layer is held as two factors, and what "
+            "is written to their product would be lost. Write to `u.weight` and `v.weight`, or read `weight.tensor()`."
+        )
 
     def __matmul__(self, other: Any) -> torch.Tensor:
         return self.tensor() @ other

@@ -197,7 +197,6 @@ def test_weight_is_looked_at_without_a_product(beside, monkeypatch):
         "rmatmul": eye[:5, :5] @ module.weight,
         "function": nn.functional.linear(eye, module.weight.tensor()).T,
         "method": module.weight.T.T,
-        "data": module.weight.data,
     }.items():
         assert_close(name, actual, expected, 1e-12)
     assert_close("linear", module.weight @ x, expected @ x, 1e-12)
@@ -209,6 +208,22 @@ def test_weight_is_looked_at_without_a_product(beside, monkeypatch):
     weight = module.weight
     assert (weight.dtype, weight.device.type, weight.shape) == (torch.float64, "cpu", (5, 7))
     assert not isinstance(weight, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda module: module.weight.data.mul_(0),
+        lambda module: setattr(module.weight, "data", torch.zeros(5, 7)),
+        lambda module: module.weight.zero_(),
+        lambda module: module.weight.copy_(torch.zeros(5, 7)),
+        lambda module: module.weight.__setitem__(0, 0.0),
+        lambda module: nn.init.zeros_(module.weight),
+    ],
+)
+def test_what_would_be_lost_is_refused(write):
+    with pytest.raises(FactorError, match=r"5 x 7 .*would be lost.*`u.weight`"):
+        write(LowRankLinear(7, 5, 3))
 
 
 def test_weight_of_a_branch_beside_a_conv1d():
