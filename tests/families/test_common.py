@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
+import pickle
 import shutil
 
 import checkpoints
@@ -159,6 +161,40 @@ def test_falcon_whose_linear_layers_are_a_class_of_their_own(tmp_path):
     model.save_pretrained(tmp_path)
     for read in (families.load, type(model).from_pretrained):
         assert torch.equal(output(read(tmp_path)), output(model))
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_copy_describes_itself(loaded, copied, saved, tmp_path):
+    """Also when the model that it was copied from has become another."""
+    model = families.load(saved[1]) if loaded else saved[0]
+    twin = copied(model)
+    expected = output(model)
+    down = model.get_submodule(DOWN)
+    u, v = down.u.weight[:, :5].contiguous(), down.v.weight[:5].contiguous()
+    model.get_submodule(DOWN.rpartition(".")[0]).down_proj = LowRankLinear.from_factors(u, v)
+    for each, wanted in ((twin, expected), (model, output(model)), (model.model, None)):
+        folder = tmp_path / str(id(each))
+        each.save_pretrained(folder)
+        wanted = output(each) if wanted is None else wanted
+        for read in (families.load, type(each).from_pretrained):
+            assert torch.equal(output(read(folder)), wanted)
+
+
+def test_a_model_that_is_dense_again(saved, tmp_path):
+    model = saved[0]
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, LowRankLinear):
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            dense.weight.data = module.dense_weight()
+            model.set_submodule(name, dense)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert torch.equal(output(type(model).from_pretrained(tmp_path / "dense")), output(model))
 
 
 def test_generation_settings_and_tied_heads(tmp_path):
