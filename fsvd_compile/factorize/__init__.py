@@ -14,7 +14,12 @@ from torch import nn
 
 from fsvd_compile.errors import FactorizeError
 from fsvd_compile.factorize.allocate import Spectrum, allocate
-from fsvd_compile.factorize.calibration import Covariances, check_calibration, collect
+from fsvd_compile.factorize.calibration import (
+    Covariances,
+    check_calibration,
+    collect,
+    without_cache,
+)
 from fsvd_compile.factorize.chain import Chain
 from fsvd_compile.factorize.closed_form import spectrum
 from fsvd_compile.factorize.layerwise import Layerwise
@@ -163,7 +168,7 @@ def factorize(
             replacements, reports = computed(targets, None, dtype, progress)
         else:
             run = _Run(model, targets, calibration, allocation, loss, dtype, progress, dense)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), without_cache(model):
                 replacements, reports, layers, first = (
                     run.by_layers(feedback, refine, resume) if layerwise else run.at_once()
                 )

@@ -289,6 +289,23 @@ def _hook(covariances: Covariances, name: str):
     return pre_hook
 
 
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """While it lasts, no part of a model fills a KV cache by its config's default, also where no caller can say so.
+
+    A layer that is run again, as `layerwise` and `feedback` do, would attend to what it wrote the first time.
+    """
+    configs = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
+    filling = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in filling:
+            config.use_cache = False
+        yield
+    finally:
+        for config in filling:
+            config.use_cache = True
+
+
 def arguments(
     model: nn.Module, batch: Any, index: int, skip_logits: bool
 ) -> tuple[tuple, dict[str, Any], torch.Tensor | None]:

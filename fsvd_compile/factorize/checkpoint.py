@@ -60,15 +60,28 @@ def factorize_checkpoint(
             "transformers is not installed: pip install 'fsvd-compile[transformers]'."
         ) from error
     check_free(out, overwrite)
+    if not pathlib.Path(source).is_dir():
+        raise FactorizeError(f"{source} is no directory; name one that save_pretrained wrote.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise FactorizeError(f"device={device}: torch sees no GPU. Use the device cpu.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", local_files_only=True
-        ).to(device)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+        model = model.to(device)
         tokenizer = None
         if calibration is not None:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise FactorizeError(f"{source} cannot be loaded: {error}") from error
+    except Exception as error:  # files and models are of many hands
+        raise FactorizeError(
+            f"{source} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise FactorizeError(
+            f"{source} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''} of a "
+            f"{type(model).__name__}, which would be random. If it is a model of another kind, load it with its own "
+            "class and call fsvd_compile.factorize and fsvd_compile.save."
+        )
     batches = None
     if calibration is not None:
         try:

@@ -118,6 +118,9 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
             # The branch was trained beside the dense weight, not beside one that is compressed.
             factorized.update(module.modules())
             dense[name] = "it has a low-rank branch, to be merged first"
+        elif _is_adapted(module):
+            factorized.update(module.modules())
+            dense[name] = "it has an adapter of PEFT, to be merged first"
         elif isinstance(module, nn.Linear) or _is_conv1d(module):
             reason = _why_not(name, module, owners)
             if reason is None:
@@ -143,7 +146,10 @@ def _why_not(name: str, module: nn.Module, owners: dict[object, list[str]]) -> s
     others = [owner for owner in owners[_identity(weight)] if owner != name]
     if others:
         return f"its weight is tied to {', '.join(others)}"
-    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    if "forward" in module.__dict__ or any(hooks):
         return "it carries hooks that a replacement would lose"
     return None
 
@@ -223,6 +229,11 @@ def _is_conv1d(module: nn.Module) -> bool:
     # Looked up, not imported: a model that has one has transformers loaded already.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def _is_falcons(module: nn.Module) -> bool:

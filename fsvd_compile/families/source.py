@@ -121,11 +121,12 @@ def _number(value: dict[str, Any]) -> Any:
 
 def _weight_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     for name in ("model.safetensors", "pytorch_model.bin"):
+        # In transformers' order: an index beside a whole file is what an earlier, sharded one left.
+        if (folder / name).is_file():
+            return (folder / name,)
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _shards(index)
-        if (folder / name).is_file():
-            return (folder / name,)
     others = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", *_PICKLES))
     if len(others) == 1:
         return (others[0],)

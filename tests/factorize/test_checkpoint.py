@@ -110,4 +110,29 @@ def test_a_tokenizer_of_another_model(source, tmp_path, capsys):
 
 def test_bad_source(tmp_path, capsys):
     assert command(tmp_path / "nowhere", tmp_path / "out") == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "is no directory" in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind(source, tmp_path, capsys):
+    """Its head would be dropped, and a random one written."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.save_pretrained(tmp_path / "base")
+    assert command(tmp_path / "base", tmp_path / "out", "--keep", 0.6) == 2
+    message = capsys.readouterr().err
+    assert "has no lm_head.weight of a" in message and "with its own class" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files(source, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    shutil.copytree(source, tmp_path / "model", dirs_exist_ok=True)
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    assert command(tmp_path / "model", tmp_path / "out", "--keep", 0.6) == 2
+    assert "cannot be loaded: SafetensorError" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(source, tmp_path, capsys):
+    assert command(source, tmp_path / "out", "--keep", 0.6, "--device", "cuda") == 2
+    assert "torch sees no GPU" in capsys.readouterr().err

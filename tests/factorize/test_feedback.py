@@ -433,3 +433,29 @@ def test_an_interrupt_leaves_the_model_as_it_was(where, monkeypatch):
     monkeypatch.setattr(layerwise, where, interrupt)
     with Unchanged(model), pytest.raises(KeyboardInterrupt):
         factorize(model, 0.5, calibration=tokens(), feedback=True, refine=Refine(2), progress=False)
+
+
+class Wrapped(nn.Module):
+    """Takes no `use_cache`, so that the model within goes by its config."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids).logits
+
+
+@pytest.mark.parametrize("refine", [None, Refine(steps=3)])
+def test_no_layer_attends_to_what_it_wrote_when_it_ran_before(refine):
+    model, batches = tiny_llama(num_hidden_layers=3), tokens(4)
+    wrapped = Wrapped(copy.deepcopy(model))
+    given = [{"input_ids": batch} for batch in batches]
+    options = {"feedback": True, "refine": refine, "progress": False}
+    factorize(model, 0.5, calibration=given, **options)
+    factorize(wrapped, 0.5, calibration=given, **options)
+    assert wrapped.model.config.use_cache is True
+    for (name, a), b in zip(
+        model.state_dict().items(), wrapped.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)

@@ -206,3 +206,14 @@ def test_what_has_a_branch_is_left_alone():
     assert layer["up"].base.weight is alone
     with pytest.raises(FactorizeError, match="has a low-rank branch"):
         factorize(model, 0.5, select=["layers.0.up"], progress=False)
+
+
+def test_backward_hooks_keep_a_module_dense():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[0].register_full_backward_hook(lambda *args: None)
+    model[1].register_full_backward_pre_hook(lambda *args: None)
+    report = factorize(model, progress=False)
+    assert names(report) == ["2"]
+    assert (
+        report.dense["0"] == report.dense["1"] == "it carries hooks that a replacement would lose"
+    )

@@ -263,3 +263,14 @@ def test_a_transformers_that_is_too_old(saved, monkeypatch):
     for read in (fsvd_compile.load, transformers.AutoModelForCausalLM.from_pretrained):
         with pytest.raises(VersionError, match=r"read with 5\.0 or later: pip install -U"):
             read(saved[1])
+
+
+def test_a_whole_file_beside_the_index_of_shards_that_were_there(saved):
+    model, folder = saved
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(output(families.load(folder)), output(model))

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import fsvd_compile
-from fsvd_compile.errors import CheckpointError
+from fsvd_compile.errors import CheckpointError, FactorError
 
 peft = pytest.importorskip("peft")
 
@@ -112,3 +112,26 @@ def test_other_functions_are_refused(says, tmp_path):
     adapted(tmp_path, llama, target_modules=QV, **REFUSED[says])
     with pytest.raises(CheckpointError, match=f"{says}.*merge it with PEFT"):
         fsvd_compile.load(tmp_path / "base", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_has_an_adapter_stays_dense(tmp_path):
+    model = adapted(tmp_path, llama, target_modules=QV)
+    expected = logits(model)
+    report = fsvd_compile.factorize(model, 0.8, select=["*q_proj", "*k_proj"], progress=False)
+    assert [m.name.rpartition(".")[2] for m in report.modules] == ["k_proj", "k_proj"]
+    reason = "it has an adapter of PEFT, to be merged first"
+    assert [why for name, why in report.dense.items() if name.endswith("q_proj")] == [reason] * 2
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert (logits(merged) - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_merge_into_factors_is_refused(tmp_path):
+    """PEFT adds in place to the weight of what it adapts."""
+    model = adapted(tmp_path, llama, target_modules=QV)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer = fsvd_compile.LowRankLinear(32, 32, 8, bias=False)
+    with pytest.raises(FactorError, match="would be lost"):
+        model.merge_and_unload()
