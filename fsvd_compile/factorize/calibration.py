@@ -289,6 +289,10 @@ def _hook(covariances: Covariances, name: str):
     return pre_hook
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """While it lasts, no part of a model fills a KV cache by its config's default, also where no caller can say so.
@@ -327,6 +331,15 @@ def arguments(
         )
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        mask = None
+    if is_encoder_decoder(model):
+        # Which half an activation belongs to does not show, and both may be equally long.
+        masks = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        if any(isinstance(m, torch.Tensor) and not m.bool().all() for m in masks):
+            raise FactorizeError(
+                f"Calibration batch {index} has padding, and {type(model).__name__} is an encoder and a decoder with "
+                "masks of their own; give texts of one length, or one text a batch."
+            )
         mask = None
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:

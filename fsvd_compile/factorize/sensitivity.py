@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fsvd_compile.errors import FactorizeError
-from fsvd_compile.factorize.calibration import arguments
+from fsvd_compile.factorize.calibration import arguments, is_encoder_decoder
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -136,7 +136,7 @@ def _backward(model: nn.Module, batch: Any, loss: Loss, index: int) -> None:
 def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     args, kwargs, mask = arguments(model, batch, 0, skip_logits=False)
     accepted = inspect.signature(model.forward).parameters
-    if "labels" in accepted and "labels" not in kwargs:
+    if "labels" in accepted and "labels" not in kwargs and not is_encoder_decoder(model):
         tokens = kwargs.get("input_ids", args[0] if args else None)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None and isinstance(tokens, torch.Tensor):

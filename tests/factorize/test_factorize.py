@@ -540,3 +540,22 @@ def test_a_model_that_multiplies_by_weights_is_put_back():
         factorize(model, 0.5, calibration=batch, progress=False)
     report = factorize(model, 0.5, calibration=batch, select=["1"], progress=False)
     assert report.dense == {"0.wo": "not selected"}
+
+
+def test_an_encoder_and_a_decoder_of_equal_length():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": mask}
+    with pytest.raises(FactorizeError, match="Give batches with `labels`"):
+        factorize(model, 0.8, calibration=[batch], allocation="loss", progress=False)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        padded = batch | {name: mask.clone().index_fill_(1, torch.tensor([8]), 0)}
+        with pytest.raises(FactorizeError, match=r"batch 0 has padding.*masks of their own"):
+            factorize(model, 0.8, calibration=[padded], progress=False)
+    report = factorize(model, 0.8, calibration=[batch], progress=False)
+    assert {module.tokens for module in report.modules} == {18}
