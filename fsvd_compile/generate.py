@@ -207,6 +207,8 @@ def decode_loop(
         )
     limit = stopping_criteria.max_length
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        positions -= max(0, embeds.shape[1] - input_ids.shape[1])  # which the tokens do not count
     compiled = model._compiled_call_impl is not None
     cache = kept_cache.name_in(model_kwargs)
     if (given := model_kwargs.get(cache)) is not None:

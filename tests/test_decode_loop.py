@@ -324,6 +324,22 @@ def test_no_call_behind_the_last_position(late, length, device):
     assert len(count) == 2 * (length - 4) + (length < 16)
 
 
+def test_no_call_behind_the_last_position_of_a_prompt_of_embeddings(late):
+    config = transformers.GPT2Config(
+        vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_positions=16, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    options = settings(
+        model, max_new_tokens=40, inputs_embeds=torch.randn(2, 8, 48), eos_token_id=2
+    )
+    theirs, ours = (
+        model.generate(**options, **loop, logits_processor=LogitsProcessorList([EndsAt(8)]))
+        for loop in ({}, {"custom_generate": decode_loop})
+    )
+    assert torch.equal(ours, theirs) and ours.shape[1] == 9
+
+
 def test_a_model_with_a_loop_of_its_own(model, calls):
     class Own(type(model)):
         def _sample(self, input_ids, **kwargs):

@@ -227,8 +227,9 @@ def _apart(setting: Setting, say: Callable[[str], None]) -> list[Row]:
                 lines, found = pool.submit(_alone, one).result()
             except BrokenProcessPool as error:
                 raise BenchError(
-                    f"peers: the process of {name!r} was killed, by the system if memory ran out (its output says "
-                    "more). Use a smaller model or --skip-check, which keeps no fp32 copy."
+                    f"peers: the process of {name!r} was killed, by the system if memory ran out, or could not start "
+                    "(its output says more). Use a smaller model or --skip-check, which keeps no fp32 copy; in a "
+                    "script, call it under `if __name__ == '__main__':`."
                 ) from error
             for line in lines:
                 say(line)

@@ -111,6 +111,9 @@ def _built(source: Source, assembly: Assembly, dtype: torch.dtype | None, device
         )
         if (source.folder / "generation_config.json").is_file():
             model.generation_config = type(model.generation_config).from_pretrained(source.folder)
+        # What transformers keeps of its table is what it used, and these names were half the model's already. Without
+        # it a save goes by the whole table, and gives the names of published files.
+        vars(model).pop("_weight_conversions", None)
     except Exception as error:  # models are built by code of many hands
         raise CheckpointError(
             f"{source.path}: transformers cannot build the model: {type(error).__name__}: {error}"

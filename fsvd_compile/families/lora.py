@@ -23,7 +23,7 @@ CONFIG = "adapter_config.json"
 _WRAPPER = "base_model.model."
 _PAIR = re.compile(r"(.+)\.lora_(?:(A|B)\.(?:[^.]+\.)?weight|embedding_(A|B)(?:\.[^.]+)?)")
 # The weight itself of an adapted head or embedding, which PEFT stores with the adapter.
-_BASE = re.compile(r"(.+)\.base_layer\.weight")
+_BASE = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 # Other ways to start change the base's weights as well (PiSSA, OLoRA, CorDA, LoftQ), so that the adapter does not
 # belong to the base as it is stored.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -65,11 +65,13 @@ class Adapter:
         deltas: By the adapted module's name in the base model.
         saved: Whole tensors that the adapter brings (`modules_to_save`, and the weights beneath an adapted head or
             embedding), by theirs.
+        tied: Whether what is tied to one of these goes along (`ensure_weight_tying`); else it stays what it was.
     """
 
     path: pathlib.Path
     deltas: dict[str, Delta]
     saved: dict[str, torch.Tensor]
+    tied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         found, base = _PAIR.fullmatch(name), _BASE.fullmatch(name)
         side = found and (found[2] or found[3])
         if base is not None:
-            bases[f"{base[1]}.weight"] = tensor
+            bases[f"{base[1]}.{base[2]}"] = tensor
         elif found is None:
             saved[name] = tensor
         elif side in halves.setdefault(found[1], {}):
@@ -153,7 +155,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             f"{path}: {', '.join(odd[:4]) or 'no tensor'} is not lora_A or lora_B of a linear module."
         )
     deltas = {n: _delta(path, n, half, config) for n, half in halves.items()}
-    return Adapter(path, deltas, saved | bases)
+    return Adapter(path, deltas, saved | bases, bool(config.get("ensure_weight_tying")))
 
 
 def _delta(
@@ -224,6 +226,8 @@ def merge(
                 f"{adapter.path} brings {key} {list(tensor.shape)}; the base has "
                 f"{'none' if there is None else list(there.shape)}."
             )
+        for other in (other for other, to in ties.items() if to == key and not adapter.tied):
+            tensors.setdefault(other, there)
         tensors[key] = tensor
     for name, delta in adapter.deltas.items():
         key = f"{name}.weight"

@@ -108,7 +108,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         config = json.loads(file.read_text(), object_hook=_number)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, not an object.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
@@ -151,3 +152,6 @@ def test_round_trip(kind, tmp_path):
         assert not values
         for actual, wanted in zip(outputs(loaded, kind), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
+        loaded.save_pretrained(tmp_path / "again")
+        names = [load_file(f / "model.safetensors").keys() for f in (tmp_path, tmp_path / "again")]
+        assert names[0] == names[1]

@@ -28,6 +28,12 @@ def tied():
     )
 
 
+def phi():
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
 def gpt2():
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
@@ -68,6 +74,12 @@ READ = {
     "some layers": (llama, {"target_modules": QV, "layers_to_transform": [1]}),
     "a head": (llama, {"target_modules": [*QV, "lm_head"]}),
     "a head as it is": (llama, {"target_modules": QV, "modules_to_save": ["lm_head", "norm"]}),
+    "a head with a bias": (phi, {"target_modules": [*QV, "lm_head"]}),
+    "an embedding as it is": (tied, {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
+    "and its head": (
+        tied,
+        {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
     "conv1d": (gpt2, {"target_modules": "all-linear", "fan_in_fan_out": True}),
     "experts": (mixtral, {"target_modules": QV}),
 }
