@@ -87,7 +87,7 @@ class Setting:
         check: Whether to compare logits with an fp32 copy of the model before timing.
         apart: Whether each peer runs in a process of its own, one after the other, instead of all by turns in one.
             By turns they share the clocks, the heat and the neighbours of the moment, and whatever another peer
-            does to the process: on an H200 every step is 1 to 4 % slower once something else has captured or run
+            does to the process: on an H200 every step is 1.5 to 4 % slower once something else has captured or run
             on other streams (bench/NOTES.md). Apart, a peer is timed as in a program that has only it.
 
     Raises:
