@@ -294,6 +294,14 @@ def test_no_call_too_many_on_a_cpu():
     assert out.shape[1] - 5 < NEW and len(count) == out.shape[1] - 5
 
 
+def of_16_positions():
+    config = transformers.GPT2Config(
+        vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_positions=16, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
 class EndsAt(LogitsProcessor):
     def __init__(self, length):
         self.length = length
@@ -308,11 +316,7 @@ class EndsAt(LogitsProcessor):
 @pytest.mark.parametrize("length", [15, 16])
 def test_no_call_behind_the_last_position(late, length, device):
     """The last token that a table has a position for may be followed by one more, which no forward call gets."""
-    config = transformers.GPT2Config(
-        vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_positions=16, bos_token_id=0, eos_token_id=0
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval().to(device)
+    model = of_16_positions().to(device)
     ids = prompts(model)
     options = settings(model, max_new_tokens=40, eos_token_id=2)
     count = []
@@ -325,11 +329,7 @@ def test_no_call_behind_the_last_position(late, length, device):
 
 
 def test_no_call_behind_the_last_position_of_a_prompt_of_embeddings(late):
-    config = transformers.GPT2Config(
-        vocab_size=97, n_embd=48, n_layer=1, n_head=6, n_positions=16, bos_token_id=0, eos_token_id=0
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = of_16_positions()
     options = settings(
         model, max_new_tokens=40, inputs_embeds=torch.randn(2, 8, 48), eos_token_id=2
     )

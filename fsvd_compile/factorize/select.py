@@ -225,21 +225,22 @@ def _identity(parameter: torch.Tensor) -> object:
     return (parameter.device, parameter.data_ptr()) if parameter.numel() else id(parameter)
 
 
+def _class(module: str, name: str) -> type | tuple[()]:
+    """A class of another package, () if that is not loaded. A model that has one has loaded it: nothing is imported."""
+    return getattr(sys.modules.get(module), name, ())
+
+
 def _is_conv1d(module: nn.Module) -> bool:
-    # Looked up, not imported: a model that has one has transformers loaded already.
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+    return type(module) is _class("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+    return isinstance(module, _class("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def _is_falcons(module: nn.Module) -> bool:
     """Whether it is FalconLinear, the same function written as a product and a sum."""
-    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
-    return falcon is not None and type(module) is falcon.FalconLinear
+    return type(module) is _class("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

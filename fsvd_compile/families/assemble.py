@@ -157,7 +157,8 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
     config, model_class = plain_model(source)
     skeleton = _skeleton(source, config, model_class)
     shapes = dict(_linears(skeleton))
-    plain = _renamed(source.tensors, skeleton, shapes)
+    conversions = Conversions(skeleton)
+    plain = _renamed(source.tensors, skeleton, shapes, conversions)
     if is_common(source):
         plain = _completed(source, plain)
     plain, branches = _unbranched(plain, shapes)
@@ -184,7 +185,8 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
             for name, module in skeleton.named_modules()
             if type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
         }
-        adapter = rekeyed(adapter, _names((*adapter.deltas, *adapter.saved), skeleton, shapes))
+        names = _names((*adapter.deltas, *adapter.saved), skeleton, shapes, conversions)
+        adapter = rekeyed(adapter, names)
         pair_shapes = {name: shapes[name] for name in pairs}
         apart = {
             n for n in shapes if n not in pairs and f"{n}.weight" not in {*ties, *ties.values()}
@@ -213,7 +215,8 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
         skeleton = _skeleton(source, config, model_class)
     swapped = {name: module for name, module in modules.items() if name in shapes}
     used = {key for factors in pairs.values() for key in factors.keys}
-    rest = _rest(source, skeleton, swapped, {k: t for k, t in tensors.items() if k not in used})
+    left = {key: tensor for key, tensor in tensors.items() if key not in used}
+    rest = _rest(source, skeleton, shapes, swapped, left, conversions)
     ties = ties_of(skeleton)
     of_others = {*ties, *ties.values()}
     dense = {
@@ -319,21 +322,25 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _renamed(
-    tensors: Mapping[str, torch.Tensor], skeleton: Any, shapes: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor],
+    skeleton: Any,
+    shapes: Mapping[str, Any],
+    conversions: Conversions,
 ) -> dict[str, torch.Tensor]:
     """The tensors under the plain model's names: without wrappers, with the prefix of its base."""
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-    names = _names(tensors, skeleton, shapes)
+    names = _names(tensors, skeleton, shapes, conversions)
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _names(names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any]) -> dict[str, str]:
+def _names(
+    names: Iterable[str], skeleton: Any, shapes: Mapping[str, Any], conversions: Conversions
+) -> dict[str, str]:
     """The plain model's name of each: with or without the prefix of its base, whichever fits more, and where that is
     none of the model's, as transformers renames it on loading."""
     names = list(names)
-    conversions = Conversions(skeleton)
     prefix = f"{skeleton.base_model_prefix}." if skeleton.base_model_prefix else ""
     expected = {*skeleton.state_dict(), *(f"{name}." for name in shapes)}
     renamings = (
@@ -473,7 +480,12 @@ def _shared(a: torch.Tensor, b: torch.Tensor, by_value: bool) -> bool:
 
 
 def _rest(
-    source: Source, skeleton: Any, modules: Mapping[str, Module], tensors: dict[str, torch.Tensor]
+    source: Source,
+    skeleton: Any,
+    shapes: Mapping[str, Any],
+    modules: Mapping[str, Module],
+    tensors: dict[str, torch.Tensor],
+    conversions: Conversions,
 ) -> dict[str, torch.Tensor]:
     replaced = {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
     expected = {k: t for k, t in skeleton.state_dict().items() if k not in replaced}
@@ -487,10 +499,9 @@ def _rest(
     for key in tied:  # stored under its second name alone
         if key in tensors and ties[key] not in tensors:
             tensors = tensors | {ties[key]: tensors[key]}
-    conversions = Conversions(skeleton)
     pieces = {key: conversions.target(key) for key in tensors if key not in expected}
     # The weights of linear modules are looked at by name, so none of them may come in pieces.
-    linear = {f"{name}.weight" for name, _ in _linears(skeleton)}
+    linear = {f"{name}.weight" for name in shapes}
     pieces = {key: to for key, to in pieces.items() if to in expected and to not in linear}
     rest = {
         key: tensor

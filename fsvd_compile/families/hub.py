@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from fsvd_compile.families.native import (
-    METHOD,
-    modules_of,
-)
+from fsvd_compile.families.native import METHOD, modules_of
 
 _REGISTRY = "transformers.quantizers.auto"
 
