@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsvd_compile.kernels._triton import own_capture
 
@@ -51,6 +52,38 @@ def _same_pointers(tensors: list, pointers: list, indices: list) -> bool:
 _same_pointers = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", _same_pointers)
 
 
+class _OnStream(TorchDispatchMode):
+    """Runs each operator on one stream, whichever is current."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with torch.cuda.stream(self._stream):
+            return func(*args, **(kwargs or {}))
+
+
+class _Graph(torch.cuda.CUDAGraph):
+    """A graph that runs nothing on the stream of its capture.
+
+    As a capture begins, torch 2.11 fills two tensors of the random generator by kernels on the current stream, which
+    has to be that of the capture. Some kernels on a second stream, and every graph of the process is 1.5 to 4 %
+    slower from then on (H200; bench/NOTES.md).
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        super().__init__()
+        self._callers = stream
+
+    def __new__(cls, stream: torch.cuda.Stream):
+        return super().__new__(cls)
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        with _OnStream(self._callers):
+            super().capture_begin(*args, **kwargs)
+
+
 class CudaApi:
     """The CUDA calls in use, in one place so that the logic can be tested without a GPU."""
 
@@ -75,7 +108,7 @@ class CudaApi:
         an allocation of the pool like any other. torch's cudagraph trees do the same.
         """
         side = self._side.get(device) or self._side.setdefault(device, torch.cuda.Stream(device))
-        graph = torch.cuda.CUDAGraph()
+        graph = _Graph(torch.cuda.current_stream(device))
         # The outer stream context: torch.cuda.graph leaves its own set when a capture cannot end.
         with torch.cuda.device(device), torch.cuda.stream(side):
             torch._C._cuda_clearCublasWorkspaces()

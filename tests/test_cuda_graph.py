@@ -822,6 +822,22 @@ def test_cuda_chain_with_recaptures(cuda_pool, dtype):
 
 
 @pytest.mark.gpu
+def test_cuda_captures_run_nothing_on_another_stream(cuda_pool):
+    """The profiler sees kernels of the warm-up, the copies in and the replay on one stream, and none beside."""
+    step = graphed(lambda w, x: [(w @ x).sin()], cuda_pool, static=[0])
+    weight, x = torch.randn(64, 64, device="cuda"), torch.randn(64, 8, device="cuda")
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        for _ in range(3):
+            step(weight, x)
+        torch.cuda.synchronize()
+    assert cuda_pool.captures["test"] == 1
+    events = profile.profiler.kineto_results.events()
+    kernels = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) > 4 and len({e.device_resource_id() for e in kernels}) == 1
+
+
+@pytest.mark.gpu
 def test_cuda_evictions_leave_other_graphs_their_workspace(cuda_pool):
     """Graphs of one stream come and go around one that uses cuBLAS; its answers stay right."""
     n = 512
