@@ -215,10 +215,17 @@ def _computed_from_sizes(node: Node) -> bool:
 
 
 def _move_size(node: Node, before: Node) -> None:
-    if node is not before and _computed_from_sizes(node):
+    if node.op != "placeholder" and node is not before and _computed_from_inputs(node):
         for source in node.all_input_nodes:
             _move_size(source, before)
         before.prepend(node)
+
+
+def _computed_from_inputs(node: Node) -> bool:
+    """Whether a size needs nothing but sizes that are inputs: that of a value is not there before the value."""
+    return node.op == "placeholder" or (
+        _computed_from_sizes(node) and all(map(_computed_from_inputs, node.all_input_nodes))
+    )
 
 
 def _take_every_result(graph: Graph) -> None:

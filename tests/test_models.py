@@ -71,6 +71,23 @@ def test_decoder_static_cache(cheap, name, spelling):
     assert [counted(r) for r in reports] == expected
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_static_cache_after_a_growing_one(cheap, name):
+    """The count of tokens that a window holds is a symbol then, which is known to be a number."""
+    model = zoo.factorized(name)
+    compiled = torch.compile(model, backend="flashsvd")
+    ids = torch.randint(3, 97, (2, 9))
+    more = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    for cache in ("dynamic", "static"):
+        with collect() as reports:
+            actual = compiled.generate(ids, cache_implementation=cache, **more)
+        expected = model.generate(ids, cache_implementation=cache, **more)
+        assert torch.equal(actual, expected) and reports
+
+
 @pytest.mark.parametrize(
     ("name", "spelling"), [r for r in ROTATED if r[0] in ("llama", "gemma2", "gpt2", "opt")]
 )
@@ -255,3 +272,35 @@ def test_two_caches_in_turn(cheap):
                 ref = model(eager_ids[i], past_key_values=eager[i], use_cache=True).logits
                 assert_close(f"cache {i}", out, ref, 1e-5)
                 ids[i], eager_ids[i] = out[:, -1:].argmax(-1), ref[:, -1:].argmax(-1)
+
+
+# With the matches of 3 layers, and SigLIP's pooling head.
+ENCODERS = {
+    "siglip": lambda sizes: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8)
+    ),
+    "whisper": lambda _: transformers.WhisperModel(
+        transformers.WhisperConfig(
+            d_model=48, encoder_layers=3, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=88, decoder_ffn_dim=88, num_mel_bins=8, max_source_positions=20, vocab_size=97,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    ).get_encoder(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_behind_a_convolution(cheap, name):
+    """Their patches and frames come transposed out of it, and three layers hand that layout on."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 4,
+    }  # fmt: skip
+    model = ENCODERS[name](sizes).eval().requires_grad_(False)
+    factorize(model, 0.5, progress=False)
+    x = torch.randn(2, 8, 40) if name == "whisper" else torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), collect() as reports:
+        actual = torch.compile(model, backend="flashsvd", fullgraph=True)(x).last_hidden_state
+    chains = sum(report.matches["lowrank_chain"] for report in reports)
+    assert chains == (18 if name == "whisper" else 20)
+    assert_close("hidden", actual, model(x).last_hidden_state, 1e-5)

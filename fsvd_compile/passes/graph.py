@@ -306,9 +306,10 @@ def refresh_values(memory: Memory, stale: Iterable[Node] = ()) -> None:
     them again would make new symbols.
     """
     memory.look()
-    changed, memory.added = memory.added, set()
-    waiting = {n for n in stale if not n._erased}.union(*(n.users for n in changed)) - changed
-    touched = changed | waiting  # what these hold or write may be other memory
+    added, memory.added = memory.added, set()
+    # An added node has the value of what it read when it was added: it waits if that changes, or where it is stale.
+    waiting = set().union(*(n.users for n in added)) - added
+    waiting.update(n for n in stale if not n._erased)
     order = list(waiting)
     heapq.heapify(order)
     while order:
@@ -326,10 +327,10 @@ def refresh_values(memory: Memory, stale: Iterable[Node] = ()) -> None:
             node.meta["example_value"] = before
             continue
         for user in node.users:
-            if user not in touched:
-                touched.add(user)
+            if user not in waiting:
+                waiting.add(user)
                 heapq.heappush(order, user)
-    memory.update(touched)
+    memory.update(added | waiting)  # what these hold or write may be other memory
 
 
 def drop_dead_code(graph: Graph) -> None:

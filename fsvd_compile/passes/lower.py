@@ -62,7 +62,9 @@ def lower(graph: Graph, context: Context) -> int:
         elif reads_weight_by_rows(node, context):
             given = arguments(node)
             _replace(graph, node, gemv, given["input"], given["weight"], given["bias"])
-    refresh_values(memory)
+    memory.look()
+    # Also what was added: of two groups, one that reads the other was built before that had its last value.
+    refresh_values(memory, memory.added)
     graph.lint()
     return lowered
 

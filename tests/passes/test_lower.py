@@ -156,6 +156,25 @@ def test_lowered_is_equal(name, norm):
     assert not fused(result) and result.after["narrow"] <= 2 * (name.startswith("users"))
 
 
+class GatedMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(K, eps=1e-6)
+        self.gate, self.up, self.down = low_rank(out=41), low_rank(out=41, rank=7), low_rank(41, K)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_strides_of_a_residual_stream_reach_every_layer(layers):
+    """What a layer adds to a transposed stream lies as that does; fake values of the next layers have to say so."""
+    module = nn.Sequential(*(GatedMLP() for _ in range(layers)))
+    result = rewrite(module, torch.randn(3, 5, K).transpose(0, 1), lowered=True)
+    assert result.output.stride() == (K, 5 * K, 1) and not fused(result)
+
+
 def test_a_shared_latent_is_computed_once():
     v = nn.Linear(K, 5, bias=False)
     module = Group(
