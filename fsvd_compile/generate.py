@@ -33,6 +33,7 @@ _MODES = ("greedy_search", "sample")
 # Graphs of one model: two for each batch size and length of the KV cache. Dynamo's limit of 8 is reached by four,
 # and everything after it runs uncompiled; transformers raises it to 64 for chunked prompts, too.
 MOST_GRAPHS = 64
+_DYNAMOS_LIMIT = 8  # its default: any other one somebody has chosen
 # The first transformers whose `generate` says which KV cache is the caller's, and what else `decode_loop` calls there
 # without a promise that it stays.
 SINCE = (5, 17)
@@ -72,7 +73,7 @@ def reach_compiled(is_ours: Callable[[Any], bool]) -> None:
 
 
 def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable:
-    model = compiled._orig_mod
+    model = _answers(compiled._orig_mod)
 
     @functools.wraps(generate)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -83,6 +84,10 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
                 # transformers would compile the steps of a static cache once more, with Inductor.
                 model._valid_auto_compile_criteria = _never
                 _running[model] = running + 1
+        if torch._dynamo.config.recompile_limit == _DYNAMOS_LIMIT:
+            # For good: calls of the model itself count the graphs that `generate` made, and at the limit Dynamo
+            # compiles nothing more, here neither.
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS
         limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         try:
             with torch._dynamo.config.patch(recompile_limit=limit):
@@ -97,6 +102,11 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
                         del model._valid_auto_compile_criteria
 
     return wrapped
+
+
+def _answers(model: Any) -> Any:
+    """The module whose calls a model's `generate` makes: PEFT hands it on to the model that it adapts."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

@@ -49,6 +49,17 @@ def test_optimized_module(model, expected):
     assert reports == [], "a second generate must not compile again"
 
 
+def test_an_adapted_model(model):
+    """PEFT's generate is the adapted model's own, whose calls have to be compiled ones, too."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj.1"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval().requires_grad_(False)
+    expected = generate(adapted)
+    with collect() as reports:
+        assert torch.equal(generate(torch.compile(adapted, backend="flashsvd")), expected)
+    assert reports and model._compiled_call_impl is None
+
+
 def test_optimized_module_static_cache(model, expected):
     compiled = torch.compile(model, backend="flashsvd")
     with collect() as reports:

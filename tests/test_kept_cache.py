@@ -134,6 +134,22 @@ def test_more_graphs_than_dynamo_allows(model):
         assert torch._dynamo.config.recompile_limit == 2
 
 
+def test_calls_beside_generate_have_graphs_left(model):
+    """They count those that `generate` made; behind Dynamo's own limit it would compile nothing more."""
+    compiled = torch.compile(model, backend="flashsvd")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for batch in (1, 2, 3, 4):
+            ids = prompt(model, batch=batch)
+            for cache in (None, "static"):
+                generate(compiled, ids, cache_implementation=cache)
+            with torch.no_grad():
+                compiled(ids)
+        with collect() as reports:
+            ids = prompt(model, batch=5)
+            assert torch.equal(generate(compiled, ids), generate(model, ids))
+        assert reports
+
+
 def test_a_static_cache_of_the_callers_is_left_alone(model):
     compiled = torch.compile(model, backend="flashsvd")
     own = new_cache(model)
