@@ -28,7 +28,7 @@ from fsvd_compile.factorize.report import FactorizeReport, LayerReport, ModuleRe
 from fsvd_compile.factorize.resume import Finished, described
 from fsvd_compile.factorize.select import Keep, Select, Target, check_keep, select_targets
 from fsvd_compile.factorize.sensitivity import Loss, sensitivities
-from fsvd_compile.factorize.swap import computed, decomposed, swap
+from fsvd_compile.factorize.swap import computed, decomposed, swapped
 from fsvd_compile.factorize.windows import calibration_windows
 from fsvd_compile.factorized import LowRankLinear
 from fsvd_compile.families.hub import describe
@@ -143,6 +143,8 @@ def factorize(
         raise FactorizeError(
             "resume= needs layerwise=True or feedback=True, which go through the model by layers."
         )
+    if resume is not None and not isinstance(resume, (str, os.PathLike)):
+        raise FactorizeError(f"resume={resume!r} has to be the path of a directory.")
     if calibration is not None and (layerwise or allocation == "loss"):
         calibration = list(calibration)  # read more than once
     if refine is not None and len(calibration) < 2:
@@ -172,8 +174,8 @@ def factorize(
                 replacements, reports, layers, first = (
                     run.by_layers(feedback, refine, resume) if layerwise else run.at_once()
                 )
-        swap(model, replacements, training, first)
-        describe(model)
+        with swapped(model, replacements, training, first):
+            describe(model)
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -257,7 +257,7 @@ class Layerwise:
         with decomposed(target, self.dtype):
             if moments.tokens:
                 better, damping = corrected(weight, moments)
-                u, v, _ = best_factors(better, moments.covariance(), target.rank)
+                u, v, _ = best_factors(better, moments.covariance(), target.rank, moments.tokens)
                 error = error_of(weight, u @ v, moments)
             else:
                 u, v, error = best_factors(weight, None, target.rank)

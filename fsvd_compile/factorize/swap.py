@@ -53,20 +53,21 @@ def computed(
         covariance, tokens = covariances.pop(target.name) if covariances else (None, 0)
         weight = target.weight.to(dtype)
         with decomposed(target, dtype):
-            u, v, error = best_factors(weight, covariance, target.rank)
+            u, v, error = best_factors(weight, covariance, target.rank, tokens)
         replacements[target.module] = low_rank(target.module, u, v)
         m, n = weight.shape
         reports.append(ModuleReport(target.name, n, m, target.rank, target.keep, error, tokens))
     return replacements, reports
 
 
-def swap(
+@contextlib.contextmanager
+def swapped(
     model: nn.Module,
     replacements: dict[nn.Module, LowRankLinear],
     training: dict[nn.Module, bool],
     batch: Any,
-) -> None:
-    """Puts the factors in place of every occurrence of the old modules, or changes nothing."""
+) -> Iterator[None]:
+    """Puts the factors in place of every occurrence of the old modules, for good if the block ends without an error."""
     places = [
         (parent, key, child)
         for parent in model.modules()
@@ -78,17 +79,19 @@ def swap(
             setattr(parent, key, replacements[child])
         if batch is not None:
             # A model may read a linear's weight directly; better to hear of it now.
-            replay(model, batch)
-    except BaseException as error:
+            try:
+                replay(model, batch)
+            except Exception as error:
+                raise FactorizeError(
+                    "The model ran with its dense modules but does not run with the factorized ones: "
+                    f"{type(error).__name__}: {error}. Where a model reads an attribute of a linear "
+                    "module directly (`.weight` in the traceback above), leave that module out with "
+                    "select=."
+                ) from error
+        yield
+    except BaseException:
         for parent, key, child in places:
             setattr(parent, key, child)
-        if isinstance(error, Exception):
-            raise FactorizeError(
-                "The model ran with its dense modules but does not run with the factorized ones: "
-                f"{type(error).__name__}: {error}. Where a model reads an attribute of a linear "
-                "module directly (`.weight` in the traceback above), leave that module out with "
-                "select=."
-            ) from error
         raise
     for old, new in replacements.items():
         new.train(training[old])

@@ -38,7 +38,6 @@ class _Registration(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             plain = spec.loader.exec_module
@@ -46,6 +45,9 @@ class _Registration(importlib.abc.MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 plain(module)
                 _register(module)
+                # Not earlier: an import that fails or is interrupted is tried again.
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -68,12 +70,14 @@ def describe(model: Any) -> None:
     registry = sys.modules[_REGISTRY]
     entry = registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules)
     entry.follow(model)
+    quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](entry, pre_quantized=True)
     own = copy.copy(shared)
     own.quantization_config = entry
+    # Nothing of the model changes before this line.
     for part in model.modules():
         if part.__dict__.get("config") is shared:
             part.config = own
-    registry.AUTO_QUANTIZER_MAPPING[METHOD](entry, pre_quantized=True).attend(model)
+    quantizer.attend(model)
 
 
 def _register(registry: ModuleType) -> None:

@@ -73,6 +73,20 @@ def test_singular_covariance(m, n):
     assert torch.isfinite(factors.v).all()
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_what_few_samples_leave_open_comes_from_the_weight(m, n, told):
+    """Of all factors that are exact on three samples, one of them twice, those nearest to the weight itself."""
+    weight, x, _ = _problem(m, n, tokens=3)
+    x = torch.cat((x, x[:1]))
+    u, v, error = best_factors(weight, x.T @ x, 6, len(x) if told else None)
+    torch.testing.assert_close(u.T @ u, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(x @ (u @ v).T, x @ weight.T)
+    seen = torch.linalg.qr(weight @ x[:3].T)[0]
+    left = torch.linalg.svdvals(weight - seen @ (seen.T @ weight))[3:]
+    assert error < 1e-6
+    assert (weight - u @ v).norm().item() == pytest.approx(left.norm().item(), rel=1e-9)
+
+
 def test_zero_weight_and_zero_covariance(m, n):
     weight, _, covariance = _problem(m, n)
     for w, c in ((weight * 0, covariance), (weight, covariance * 0)):

@@ -16,6 +16,7 @@ from fsvd_compile.factorize import factorize
 from fsvd_compile.factorize.calibration import Covariances, collect
 from fsvd_compile.factorize.closed_form import best_factors
 from fsvd_compile.factorized import LowRankLinear
+from fsvd_compile.families.native import modules_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -476,7 +477,7 @@ def test_failed_decomposition_is_named(monkeypatch):
         factorize(model, 0.5, calibration=tokens(), progress=False)
 
 
-@pytest.mark.parametrize("where", ["calibration", "hook", "factors", "swap", "trial"])
+@pytest.mark.parametrize("where", ["calibration", "hook", "factors", "swap", "trial", "describe"])
 def test_an_interrupt_leaves_the_model_as_it_was(where, monkeypatch):
     model = tiny_llama()
     count = 0
@@ -511,8 +512,13 @@ def test_an_interrupt_leaves_the_model_as_it_was(where, monkeypatch):
     elif where == "trial":
         real, count = calibration_module._forward, -1
         monkeypatch.setattr(calibration_module, "_forward", interrupt)
+    elif where == "describe":
+        real, count = modules_of, 2
+        monkeypatch.setattr("fsvd_compile.families.hub.modules_of", interrupt)
+    config = model.config
     with Unchanged(model), pytest.raises(KeyboardInterrupt):
         factorize(model, 0.5, calibration=calibration, progress=False)
+    assert model.config is config and not hasattr(config, "quantization_config")
 
 
 class ReadsWeight(nn.Module):
