@@ -120,9 +120,11 @@ def _arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE")
     args = parser.parse_args()
-    if args.tokens < 2 * BLOCK or args.tokens % BLOCK:
+    if (
+        args.tokens < 3 * BLOCK or args.tokens % BLOCK
+    ):  # the first block is not counted, and two have fifths
         parser.error(
-            f"--tokens {args.tokens}: it takes a multiple of {BLOCK}, at least {2 * BLOCK}"
+            f"--tokens {args.tokens}: it takes a multiple of {BLOCK}, at least {3 * BLOCK}"
         )
     return args
 

@@ -188,8 +188,8 @@ def _factorize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_model(parser: argparse.ArgumentParser, default: decode.Setting) -> None:
-    """The arguments that say of which model the time is measured."""
+def _add_model(parser: argparse.ArgumentParser, default: decode.Setting | type) -> None:
+    """The arguments that say of which model the time is measured; `default` has the values of those not given."""
     add = parser.add_argument
     add(
         "--model",
@@ -306,8 +306,7 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
     summary = _summary(tune)
     parser = commands.add_parser("tune", help=summary, description=summary)
     add = parser.add_argument
-    default = decode.Setting(peers=("eager",))
-    _add_model(parser, default)
+    _add_model(parser, tune.Setting)
     add(
         "--tokens",
         type=lambda text: tuple(int(n) for n in _names(text)),
@@ -328,7 +327,9 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 def _tune(args: argparse.Namespace) -> int:
     names = ("model", "keep", "round", "tokens", "jobs")
     setting = tune.Setting(**{name: getattr(args, name) for name in names})
-    path = tune.own_file()  # a place that cannot be named is found before the measurement
+    path = tune.own_file()  # places that cannot be written are found before the measurement
+    if args.json:
+        bench.check_folder(args.json)
     found = []
     for one in tune.run(setting, say=lambda line: print(line, flush=True)):
         found.append(one)

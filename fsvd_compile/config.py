@@ -58,12 +58,31 @@ class Config:
             raise _bad("max_captures", self.max_captures, "an int of at least 1")
         if not isinstance(self.layers, bool):
             raise _bad("layers", self.layers, "True or False")
-        if isinstance(self.disable, str) or not all(isinstance(d, str) for d in self.disable):
+        if not isinstance(self.disable, (list, tuple, set, frozenset)) or not all(
+            isinstance(name, str) for name in self.disable
+        ):
             raise _bad("disable", self.disable, "a list of rewrite names")
         object.__setattr__(self, "disable", tuple(self.disable))
         self._check_disable()
         if not isinstance(self.inductor, Mapping):
             raise _bad("inductor", self.inductor, "a dict of torch._inductor.config keys")
+        self._check_inductor()
+
+    def _check_inductor(self) -> None:
+        if not self.inductor:
+            return
+        from torch._inductor import config as settings
+
+        known = settings.get_config_copy()
+        for key, value in self.inductor.items():
+            if key not in known:
+                raise _bad("inductor", {key: value}, "keys of torch._inductor.config")
+            if key == "triton.cudagraphs" and value:
+                raise _bad(
+                    "inductor",
+                    {key: value},
+                    'no CUDA graphs of Inductor\'s; ours are options={"cuda_graphs": ...}',
+                )
 
     def _check_disable(self) -> None:
         if not self.disable:

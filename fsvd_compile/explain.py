@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,10 +47,11 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Compile a model for these inputs and say what the backend did.
 
     The model is called once under `torch.no_grad()`, so a KV cache among the inputs advances as in any call. What was
-    compiled before is left alone.
+    compiled before is left alone, and does not count towards Dynamo's limit of recompilations, nor does this call.
 
     Args:
-        model: An `nn.Module`, or what `torch.compile(model, backend="flashsvd", ...)` returned for one.
+        model: An `nn.Module`, or one that was compiled with this backend, by `torch.compile` or in place by its own
+            `compile`: then its `options`, `mode` and `dynamic` are taken.
         *args: Inputs of the call.
         **kwargs: Keyword inputs of the call.
 
@@ -62,14 +66,19 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     def explaining(gm: Any, inputs: Any, **options: Any) -> Any:
         return flashsvd(gm, inputs, **options)
 
+    how = _how(model)
     compiled_before = getattr(module, "_compiled_call_impl", None)
     counters = torch._dynamo.utils.counters["graph_break"]
     breaks_before = dict(counters)
     try:
         if compiled_before is not None:
             module._compiled_call_impl = None
-        with collect() as reports, torch.no_grad():
-            torch.compile(module, backend=explaining, options=_options(model))(*args, **kwargs)
+        # What graph breaks leave of the model is compiled under its own code, which may be at the limit.
+        unlimited = torch._dynamo.config.patch(
+            recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+        )
+        with collect() as reports, torch.no_grad(), unlimited:
+            torch.compile(_caller(module), backend=explaining, **how)(*args, **kwargs)
     finally:
         if compiled_before is not None:
             module._compiled_call_impl = compiled_before
@@ -77,13 +86,38 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(reports), tuple(reason.splitlines()[0] for reason in new))
 
 
-def _options(model: Any) -> dict[str, Any] | None:
-    """The options a compiled model was given."""
+def _caller(module: torch.nn.Module) -> Callable:
+    """A function of new code that calls the module. Dynamo keeps what it compiles with the code, a few times each."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    return types.FunctionType(
+        call.__code__.replace(co_name="explained"), call.__globals__, closure=call.__closure__
+    )
+
+
+def _how(model: Any) -> dict[str, Any]:
+    """What a model that was compiled with this backend gave `torch.compile`: mode, options, dynamic."""
     from torch._dynamo.eval_frame import innermost_backend
 
-    context = getattr(model, "dynamo_ctx", None)
-    backend = innermost_backend(context.callback) if context is not None else None
-    return (getattr(backend, "kwargs", None) or {}).get("options")
+    from fsvd_compile.backend import flashsvd
+
+    context = getattr(model, "dynamo_ctx", None) or _context_of(
+        getattr(model, "_compiled_call_impl", None)
+    )
+    backend = None if context is None else innermost_backend(context.callback)
+    if getattr(backend, "compiler_fn", None) is not flashsvd:
+        return {}
+    return {**backend.kwargs, "dynamic": backend.dynamic}
+
+
+def _context_of(compiled: Any) -> Any:
+    """Dynamo's context of a compiled function, which is in its closure and nowhere else."""
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    cells = (cell.cell_contents for cell in getattr(compiled, "__closure__", None) or ())
+    return next((value for value in cells if isinstance(value, OptimizeContext)), None)
 
 
 def _graph_text(index: int, graph: GraphReport) -> str:

@@ -132,15 +132,21 @@ class BranchedLinear(nn.Module):
         branch: From and to the same number of features, without a bias; a scale belongs into its `u`.
 
     Raises:
-        FactorError: the base has no 2-D weight, or the branch has a bias or another shape.
+        FactorError: the base is no linear layer with a 2-D weight, or the branch no `LowRankLinear`, or one with a
+            bias or another shape.
     """
 
     def __init__(self, base: nn.Module, branch: LowRankLinear) -> None:
         super().__init__()
         weight = getattr(base, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        linear = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+        if not linear or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise FactorError(
                 f"BranchedLinear: base is a {type(base).__name__}; it takes an nn.Linear or a Conv1D."
+            )
+        if not isinstance(branch, LowRankLinear):
+            raise FactorError(
+                f"BranchedLinear: branch is a {type(branch).__name__}; it takes a LowRankLinear."
             )
         shape = tuple(weight.shape if isinstance(base, nn.Linear) else weight.shape[::-1])
         if shape != (branch.out_features, branch.in_features):

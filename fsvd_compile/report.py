@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -61,22 +62,24 @@ def forget_warnings() -> None:
     _warned.clear()
 
 
-_listeners: list[list[GraphReport]] = []
+_listeners: contextvars.ContextVar[tuple[list[GraphReport], ...]] = contextvars.ContextVar(
+    "listeners", default=()
+)
 
 
 def publish(report: GraphReport) -> None:
-    """Hand a report to everyone who is collecting."""
-    for listener in _listeners:
+    """Hand a report to everyone who is collecting where it is made."""
+    for listener in _listeners.get():
         listener.append(report)
 
 
 @contextlib.contextmanager
 def collect() -> Iterator[list[GraphReport]]:
-    """Gather the reports of all graphs compiled inside the block."""
+    """Gather the reports of all graphs that are compiled inside the block, by its thread: Dynamo compiles in the one
+    that calls."""
     reports: list[GraphReport] = []
-    _listeners.append(reports)
+    token = _listeners.set((*_listeners.get(), reports))
     try:
         yield reports
     finally:
-        # By identity: two empty lists are equal.
-        _listeners[:] = [listener for listener in _listeners if listener is not reports]
+        _listeners.reset(token)

@@ -71,7 +71,14 @@ def test_without_kernels_ahead_of_time_it_still_works(monkeypatch, caplog):
         ({"layers": 1}, ["layers", "1", "True or False"]),
         ({"disable": "residual"}, ["disable", "'residual'", "list"]),
         ({"disable": ["residuals"]}, ["disable", "'residuals'", "residual", "siblings"]),
+        ({"disable": None}, ["disable", "None", "list"]),
+        ({"disable": 5}, ["disable", "5", "list"]),
         ({"inductor": 3}, ["inductor", "3", "dict"]),
+        ({"inductor": {"bogus": 1}}, ["inductor", "bogus", "torch._inductor.config"]),
+        (
+            {"inductor": {"triton.cudagraphs": True}},
+            ["inductor", "triton.cudagraphs", "cuda_graphs"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

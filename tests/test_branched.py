@@ -9,6 +9,7 @@ from harness import assert_close
 from torch import nn
 
 from fsvd_compile import BranchedLinear, LowRankLinear
+from fsvd_compile.errors import FactorError
 from fsvd_compile.report import collect
 
 
@@ -51,6 +52,20 @@ def test_compiled(name, kernels, siblings, residual):
     (report,) = reports
     found = {key: report.matches[key] for key in ("lowrank_chain", "siblings", "residual")}
     assert found == {"lowrank_chain": count, "siblings": siblings, "residual": residual}
+
+
+@pytest.mark.parametrize(
+    "base,branch,says",
+    [
+        (nn.Embedding(4, 6), LowRankLinear(4, 6, 2, bias=False), "base is a Embedding"),
+        (nn.Linear(4, 6), nn.Linear(4, 6), "branch is a Linear"),
+        (nn.Linear(4, 6), LowRankLinear(6, 4, 2, bias=False), "branch"),
+        (nn.Linear(4, 6), LowRankLinear(4, 6, 2), "the branch has a bias"),
+    ],
+)
+def test_what_is_refused(base, branch, says):
+    with pytest.raises(FactorError, match=says):
+        BranchedLinear(base, branch)
 
 
 def test_decode_with_a_static_cache():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from fsvd_compile import LowRankLinear, cli
-from fsvd_compile.bench import decode, generate, models
+from fsvd_compile.bench import decode, generate, models, tune
 from fsvd_compile.errors import BenchError, WrongResultError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -305,6 +306,29 @@ def test_a_directory_that_is_no_model(quick, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
     assert quick("--model", tmp_path) == 2
     assert "from_pretrained cannot load it" in capsys.readouterr().err
+
+
+def test_damaged_weights(quick, checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert quick("--model", folder) == 2
+    assert "from_pretrained cannot load it" in capsys.readouterr().err
+
+
+def test_defaults_of_tune(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    assert f"default {tune.Setting.model})" in " ".join(capsys.readouterr().out.split())
+    assert tune.Setting.model == "llama-7b"
+
+
+def test_tune_looks_for_the_folder_first(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "run", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(tune, "Setting", lambda **given: None)
+    monkeypatch.setattr(tune, "own_file", lambda: None)
+    assert cli.main(["tune", "--model", "tiny", "--json", "/nowhere/rows.json"]) == 2
+    assert "there is no folder /nowhere" in capsys.readouterr().err
 
 
 def test_sliding_windows_are_refused():

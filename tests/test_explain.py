@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import zoo
@@ -9,6 +11,7 @@ from torch import nn
 
 import fsvd_compile
 from fsvd_compile import LowRankLinear
+from fsvd_compile.report import collect
 
 pytestmark = pytest.mark.usefixtures("cheap")
 
@@ -79,6 +82,49 @@ def test_a_compiled_model_keeps_its_graphs_and_options():
     assert "activation" not in told.matches()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_asking_takes_nothing_of_the_limit_of_recompilations():
+    model, x = zoo.factorized("mlp"), torch.randn(3, 48)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            assert fsvd_compile.explain(model, x).graphs
+        with torch.no_grad(), collect() as reports:
+            torch.compile(model, backend="flashsvd")(x)
+    assert len(reports) == 1
+
+
+def in_place(model, **how):
+    model.compile(**how)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, in_place])
+def test_explains_what_was_asked_for(compiled):
+    x = torch.randn(3, 48)
+
+    def told(**how):
+        model = compiled(zoo.factorized("mlp"), **{"backend": "flashsvd", **how})
+        (graph,) = fsvd_compile.explain(model, x).graphs
+        return graph
+
+    assert "activation" not in told(options={"disable": ["activation"]}).matches
+    assert (told(dynamic=True).tokens, told().tokens) == (None, 3)
+    with pytest.raises(Exception, match="mode='fast' is not a mode"):
+        told(mode="fast")
+    # Another backend's options mean nothing to this one.
+    assert "activation" in told(backend="inductor", options={"max_autotune": True}).matches
+
+
+def test_two_threads_hear_of_their_own_graphs():
+    def told(width):
+        model = nn.Sequential(LowRankLinear(width, width, 3)).eval()
+        for _ in range(3):
+            graphs = fsvd_compile.explain(model, torch.randn(5, width)).graphs
+            assert [graph.weight_bytes for graph in graphs] == [4 * (6 * width + width)]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(told, (40, 48)))
 
 
 def test_nothing_reached_the_backend():

@@ -4,6 +4,15 @@
 needs nothing but torch.
 """
 
-from fsvd_compile.bench.stopwatch import Row, add, conditions, load, measure, save, table
+from fsvd_compile.bench.stopwatch import (
+    Row,
+    add,
+    check_folder,
+    conditions,
+    load,
+    measure,
+    save,
+    table,
+)
 
-__all__ = ["Row", "add", "conditions", "load", "measure", "save", "table"]
+__all__ = ["Row", "add", "check_folder", "conditions", "load", "measure", "save", "table"]

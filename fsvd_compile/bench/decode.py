@@ -56,6 +56,7 @@ PEERS = {
     "dense-inductor-max": Peer({"backend": "inductor", "mode": "max-autotune"}, dense=True),
     "dense-flashsvd": Peer({"backend": "flashsvd"}, dense=True),
 }
+MODEL = {"cpu": "tiny", "cuda": "llama-7b"}  # unless another is named
 DEFAULT_PEERS = {
     "cpu": ("eager", "inductor", "flashsvd-off"),
     "cuda": ("eager", "inductor", "inductor-max", "flashsvd-step", "flashsvd-layer"),
@@ -72,8 +73,8 @@ class Setting:
     """What to measure; each field is an argument of `fsvd-compile bench decode`.
 
     Attributes:
-        model: A key of `models.MODELS`, or a directory that `AutoModelForCausalLM.from_pretrained` loads.
-            "llama-7b" on a GPU and "tiny" elsewhere by default.
+        model: A key of `models.MODELS`, or a directory that `AutoModelForCausalLM.from_pretrained` loads; by default
+            that of `MODEL` for the device.
         keep: The share of parameters of every linear layer but the head, in (0, 1]. Below 1 each is
             replaced by a `LowRankLinear` with random weights; at 1 the model stays as it is.
         round: Ranks int(keep m n / (m + n)) are rounded down to a multiple of this.
@@ -110,7 +111,7 @@ class Setting:
     def __post_init__(self) -> None:
         _check_device(self.device)
         if self.model is None:
-            self._set("model", "llama-7b" if self.device == "cuda" else "tiny")
+            self._set("model", MODEL[self.device])
         self._set("model", str(self.model))
         models.check_model(self.model)
         check_keep(self.keep)

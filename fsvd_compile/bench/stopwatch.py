@@ -176,15 +176,21 @@ def add(rows: Sequence[Row], path: str | pathlib.Path) -> None:
     write_json(list(merged.values()), pathlib.Path(path))
 
 
+def check_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """The path of a file that is to be written. Raises BenchError if its folder does not exist."""
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise BenchError(f"{path}: there is no folder {path.parent}; make it first.")
+    return path
+
+
 def load(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a JSON file as `save` and `add` write them; none where there is no file.
 
     Raises:
         BenchError: the file holds something else, or its folder does not exist.
     """
-    path = pathlib.Path(path)
-    if not path.parent.is_dir():
-        raise BenchError(f"{path}: there is no folder {path.parent}; make it first.")
+    path = check_folder(path)
     try:
         entries = json.loads(path.read_text())
     except FileNotFoundError:

@@ -61,7 +61,7 @@ class Setting:
         BenchError, FactorizeError: a field is outside what is allowed, or there is no GPU.
     """
 
-    model: str | None = None
+    model: str = decode.MODEL["cuda"]
     keep: float = 0.5
     round: int = 16
     tokens: Sequence[int] = (1, 8, 32)

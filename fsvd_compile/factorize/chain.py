@@ -112,10 +112,12 @@ class Chain:
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> torch.Tensor:
         """The output of `layer`, in the place of the one at `index`, for the hidden states of a batch."""
-        device = next(self.layers[index].parameters()).device
+        own = next(
+            self.layers[index].parameters(), hidden
+        )  # an nn.Identity among the layers has none
         # A copy, for a layer may add to its input in place.
         with torch.compiler.set_stance("force_eager"):
-            output = first_of(self._rest[index][batch](layer, hidden.to(device, copy=True)))
+            output = first_of(self._rest[index][batch](layer, hidden.to(own.device, copy=True)))
         if output is None or output.shape != hidden.shape:
             raise FactorizeError(_NO_CHAIN.format(f"here {self.name(index)} changes the shape"))
         return output

@@ -62,7 +62,11 @@ def factorize_checkpoint(
     check_free(out, overwrite)
     if not pathlib.Path(source).is_dir():
         raise FactorizeError(f"{source} is no directory; name one that save_pretrained wrote.")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise FactorizeError(f"device={device!r} is none that torch knows: {error}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise FactorizeError(f"device={device}: torch sees no GPU. Use the device cpu.")
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,9 +40,9 @@ class Refine:
             raise FactorizeError(
                 f"Refine: steps={self.steps!r}; it has to be an int of at least 1."
             )
-        if not 0 < self.lr < math.inf:
+        if not isinstance(self.lr, numbers.Real) or not 0 < self.lr < math.inf:
             raise FactorizeError(f"Refine: lr={self.lr!r}; it has to be a finite number above 0.")
-        if not 0 < self.held_out < 1:
+        if not isinstance(self.held_out, numbers.Real) or not 0 < self.held_out < 1:
             raise FactorizeError(
                 f"Refine: held_out={self.held_out!r} is a share of the batches, between 0 and 1."
             )
@@ -75,8 +76,15 @@ def refine_layer(
     Returns:
         The held-out error before and of what is kept: the root of the mean of |y - y'|^2 / |y|^2 over tokens.
     """
-    count = min(max(1, round(refine.held_out * len(expected))), len(expected) - 1)
-    training, held_out = range(len(expected) - count), range(len(expected) - count, len(expected))
+    # A batch that is padding alone has no error, neither to train on nor to measure.
+    batches = [i for i, mask in enumerate(masks) if mask is None or mask.any()]
+    if len(batches) < 2:
+        raise FactorizeError(
+            f"refine= needs at least 2 calibration batches with tokens, one of them to measure; of {len(expected)} "
+            f"given {len(batches)} have any. Leave empty texts out, or split the batch."
+        )
+    count = min(max(1, round(refine.held_out * len(batches))), len(batches) - 1)
+    training, held_out = batches[:-count], batches[-count:]
     parameters = _factors(layer)
 
     def error(batch: int, masters: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -107,7 +115,7 @@ def refine_layer(
         for _ in range(refine.steps):
             order = order or torch.randperm(len(training), generator=generator).tolist()
             # Of the factors alone: what they share the layer with belongs to the model as it is.
-            loss = error(order.pop(), masters)
+            loss = error(training[order.pop()], masters)
             gradients = torch.autograd.grad(loss, list(masters.values()), allow_unused=True)
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 master.grad = gradient

@@ -20,6 +20,9 @@ from fsvd_compile.factorize.report import LayerReport, ModuleReport
 from fsvd_compile.factorize.select import Target
 
 _RUN = "run.json"
+_FORMAT = (
+    1  # another one where the reports have other fields, or the factors come from another method
+)
 
 
 class Finished:
@@ -83,10 +86,13 @@ class Finished:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 found = json.loads(file.metadata()["reports"])
+            modules = [ModuleReport(**entry) for entry in found["modules"]]
+            layer = LayerReport(**found["layer"]) if found["layer"] else None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self._unusable(error) from error
-        modules = [ModuleReport(**entry) for entry in found["modules"]]
-        return tensors, modules, LayerReport(**found["layer"]) if found["layer"] else None
+        if tensors.keys() != {f"{module.name}.{key}" for module in modules for key in "uv"}:
+            raise self._unusable(f"{path.name} does not hold the factors that it reports")
+        return tensors, modules, layer
 
     def save_layer(
         self,
@@ -119,15 +125,16 @@ class Finished:
         draft.write_text(text, "utf-8")
         draft.replace(self.folder / name)
 
-    def _unusable(self, error: Exception) -> FactorizeError:
+    def _unusable(self, error: Exception | str) -> FactorizeError:
         return FactorizeError(f"resume: {self.folder} cannot be used: {error}. Name another one.")
 
 
 def described(
     model: nn.Module, targets: Iterable[Target], calibration: Sequence[Any], **options: Any
 ) -> dict[str, str]:
-    """What a run depends on: checksums of parameters and batches, modules with ranks, options."""
+    """What a run depends on: the files, checksums of parameters and batches, modules with ranks, options."""
     return {
+        "the format of its files": str(_FORMAT),
         "the model": _checksum(dict(model.named_parameters()) | dict(model.named_buffers())),
         "keep= or select=": _checksum([(t.name, t.rank) for t in targets]),
         "calibration=": _checksum(list(calibration)),

@@ -169,7 +169,11 @@ def _choose(
     if callable(select):
         picked = [name for name, module in candidates.items() if select(name, module)]
     else:
-        patterns = [select] if isinstance(select, str) else list(select)
+        patterns = (
+            [select]
+            if isinstance(select, str) or not isinstance(select, Iterable)
+            else list(select)
+        )
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise FactorizeError(
                 f"select={patterns!r} has to be a predicate (name, module) -> bool or a list of "
@@ -225,22 +229,22 @@ def _identity(parameter: torch.Tensor) -> object:
     return (parameter.device, parameter.data_ptr()) if parameter.numel() else id(parameter)
 
 
-def _class(module: str, name: str) -> type | tuple[()]:
+def class_of(module: str, name: str) -> type | tuple[()]:
     """A class of another package, () if that is not loaded. A model that has one has loaded it: nothing is imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module) is _class("transformers.pytorch_utils", "Conv1D")
+    return type(module) is class_of("transformers.pytorch_utils", "Conv1D")
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, _class("peft.tuners.tuners_utils", "BaseTunerLayer"))
+    return isinstance(module, class_of("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def _is_falcons(module: nn.Module) -> bool:
     """Whether it is FalconLinear, the same function written as a product and a sum."""
-    return type(module) is _class("transformers.models.falcon.modeling_falcon", "FalconLinear")
+    return type(module) is class_of("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fsvd_compile.errors import FactorizeError
+from fsvd_compile.factorize.select import class_of
 
 
 def calibration_windows(
@@ -25,7 +26,8 @@ def calibration_windows(
 
     Args:
         texts: A text, or texts: strings, or rows of a `datasets.Dataset` or `IterableDataset` (mappings).
-        tokenizer: Called with a string, gives an object with `input_ids`.
+        tokenizer: Called with a string, gives an object with `input_ids`; one of transformers' is told not to warn
+            of long texts, which are cut.
         length: Tokens of a window.
         count: Windows at the most.
         column: Of rows: which of their values is the text.
@@ -56,6 +58,8 @@ def calibration_windows(
 
 
 def _tokens(texts: Iterable, tokenizer: Any, column: str) -> Iterator[list[int]]:
+    # A text longer than the model's positions is what windows are for.
+    quiet = {"verbose": False} if isinstance(tokenizer, _transformers_own()) else {}
     for i, item in enumerate(texts):
         if isinstance(item, Mapping):
             if column not in item:
@@ -68,4 +72,8 @@ def _tokens(texts: Iterable, tokenizer: Any, column: str) -> Iterator[list[int]]
                 f"text {i} is a {type(item).__name__}; it has to be a string, or a mapping that holds "
                 f"one as {column!r}. Tokens need no windows: give them as batches [B, T]."
             )
-        yield tokenizer(item, verbose=False).input_ids
+        yield tokenizer(item, **quiet).input_ids
+
+
+def _transformers_own() -> type | tuple[()]:
+    return class_of("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")

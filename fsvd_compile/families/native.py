@@ -232,7 +232,11 @@ def _put(draft: pathlib.Path, out: pathlib.Path) -> None:
 def check_free(out: str | os.PathLike, overwrite: bool) -> None:
     """Raises CheckpointError if `save` would refuse the directory: better known before the work."""
     out = pathlib.Path(out)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:  # a name that no file can have, a directory that may not be read
+        raise CheckpointError(f"save: {out} could not be written: {error}") from error
+    if taken:
         raise CheckpointError(f"save: {out} exists; name another directory or pass overwrite=True.")
 
 

@@ -62,6 +62,17 @@ class FlashSVDConfig(QuantizationConfigMixin):
         return config_dict(self.modules if model is None else modules_of(model))
 
 
+def _was_loaded(module: Any) -> bool:
+    """Whether a factor came from a file, or may have: what others have put elsewhere bears no mark."""
+    weights = (factor.weight for factor in (module.u, module.v))
+    return any(
+        getattr(weight, "_is_hf_initialized", False)
+        or weight.device.type == "meta"
+        or hasattr(weight, "ds_id")
+        for weight in weights
+    )
+
+
 class FlashSVDQuantizer(HfQuantizer):
     """Swaps the factorized modules in; nothing is quantized."""
 
@@ -82,6 +93,14 @@ class FlashSVDQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        modules = self.quantization_config.modules
+        if not any(_was_loaded(model.get_submodule(name)) for name in modules):
+            raise CheckpointError(
+                f"from_pretrained: config.json says that {len(modules)} modules are factorized, "
+                f"{next(iter(modules))!r} and others, and the files hold factors of none of them. A dense model that "
+                "was built from the config of a factorized one is saved like this: delete quantization_config from "
+                "its config.json."
+            )
         self.quantization_config.follow(model)
         self.attend(model)
         # transformers would refuse `.half()` and the like; here they are right.

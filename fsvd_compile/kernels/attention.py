@@ -81,7 +81,7 @@ def attention_aten(
     kv_heads, dv = k.shape[1], v.shape[3]
     group = heads // kv_heads
     if mask is not None:
-        mask = _typed_mask(_folded_mask(mask, kv_heads, group, m, k.shape[2]), q)
+        mask = _typed_mask(_folded_mask(mask, group, m, k.shape[2]), q)
     if group > 1:
         q = q.reshape(b, kv_heads, group * m, d)
     any_length = any_length or not all(isinstance(size, int) for size in (*q.shape, *k.shape))
@@ -109,7 +109,7 @@ def sdpa_of_any_length(*args: Any, **kwargs: Any) -> Tensor:
         backends.enable_cudnn_sdp(True)
 
 
-def _folded_mask(mask: Tensor, kv_heads: int, group: int, m: int, s: int) -> Tensor:
+def _folded_mask(mask: Tensor, group: int, m: int, s: int) -> Tensor:
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     if mask.shape[3] != s:

@@ -132,6 +132,15 @@ def test_damaged_files(source, tmp_path, capsys):
     assert "cannot be loaded: SafetensorError" in capsys.readouterr().err
 
 
+def test_a_device_that_nobody_knows_and_a_name_too_long(source, tmp_path, capsys):
+    for out, more, says in (
+        (tmp_path / "out", ["--device", "foo"], "device='foo' is none that torch knows"),
+        (tmp_path / ("x" * 300), [], "could not be written"),
+    ):
+        assert command(source, out, "--keep", 0.6, *more) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(source, tmp_path, capsys):
     assert command(source, tmp_path / "out", "--keep", 0.6, "--device", "cuda") == 2

@@ -253,6 +253,19 @@ def test_a_refinement_that_does_harm_is_dropped():
     assert "refined: 0 of 4 layers" in str(report)
 
 
+def test_batches_of_padding_alone_are_left_out_of_refinement():
+    dense, batches = predictable()
+    given = [{"input_ids": b, "attention_mask": torch.ones_like(b)} for b in batches]
+    nothing = {"input_ids": batches[0], "attention_mask": torch.zeros_like(batches[0])}
+    options = {"feedback": True, "refine": Refine(20, 1e-3), "progress": False}
+    expected = factorize(copy.deepcopy(dense), 0.5, calibration=given, **options)
+    report = factorize(copy.deepcopy(dense), 0.5, calibration=[*given, nothing], **options)
+    assert report.layers == expected.layers
+    assert any(layer.after < layer.before for layer in report.layers)
+    with Unchanged(dense), pytest.raises(FactorizeError, match="of 2 given 1 have any"):
+        factorize(dense, 0.5, calibration=[given[0], nothing], **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     dense, batches = predictable()
@@ -400,7 +413,16 @@ def test_bad_arguments(options, says):
 
 
 @pytest.mark.parametrize(
-    "values", [{"steps": 0}, {"steps": 1.5}, {"lr": 0.0}, {"lr": float("nan")}, {"held_out": 1}]
+    "values",
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"lr": "1"},
+        {"held_out": 1},
+        {"held_out": None},
+    ],
 )
 def test_bad_refine(values):
     with pytest.raises(FactorizeError, match=next(iter(values))):

@@ -135,6 +135,29 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_layer_without_parameters(feedback):
+    class Holed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = lambda: nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24))  # noqa: E731
+            self.layers = nn.ModuleList((block(), nn.Identity(), block()))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, batches = Holed(), [torch.randn(40, 24)]
+    twin = copy.deepcopy(model)
+    factorize(twin, 0.5, calibration=batches, progress=False)
+    factorize(model, 0.5, calibration=batches, layerwise=True, feedback=feedback, progress=False)
+    if not feedback:
+        assert_same(model, twin)
+    assert torch.isfinite(model(batches[0])).all()
+
+
 def test_bad_input():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with Unchanged(model), pytest.raises(FactorizeError, match=r"layerwise=True .* has none"):

@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_factorize import Unchanged, tiny_llama, tokens
 from torch import nn
 
@@ -105,6 +107,34 @@ def test_what_is_no_such_directory_is_refused(tmp_path, fits):
     (folder / "layer-0000.safetensors").write_bytes(b"broken")
     with Unchanged(model), pytest.raises(FactorizeError, match=r"resume: .*cannot be used"):
         factorize(model, 0.5, calibration=batches, resume=folder, **OPTIONS)
+
+
+def other_reports(tensors, reports):
+    reports["modules"][0]["colour"] = "red"
+
+
+def no_modules(tensors, reports):
+    del reports["modules"]
+
+
+def a_factor_less(tensors, reports):
+    del tensors[next(key for key in tensors if key.endswith(".u"))]
+
+
+@pytest.mark.parametrize("damage", [other_reports, no_modules, a_factor_less])
+def test_layers_of_another_version_are_refused(tmp_path, fits, damage):
+    model, batches = tiny_llama(), tokens(4)
+    interrupted(model, batches, tmp_path, fits, at=1)
+    path = tmp_path / "layer-0000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        reports = json.loads(file.metadata()["reports"])
+    damage(tensors, reports)
+    save_file(tensors, path, {"reports": json.dumps(reports)})
+    with Unchanged(model), pytest.raises(FactorizeError, match=r"resume: .*cannot be used"):
+        factorize(model, 0.5, calibration=batches, resume=tmp_path, **OPTIONS)
+    with Unchanged(model), pytest.raises(FactorizeError, match=r"resume=5 has to be the path"):
+        factorize(model, 0.5, calibration=batches, resume=5, **OPTIONS)
 
 
 def test_needs_layers(tmp_path):

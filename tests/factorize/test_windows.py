@@ -5,16 +5,17 @@ from __future__ import annotations
 import types
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import nn
 
 from fsvd_compile import LowRankLinear, calibration_windows, factorize
 from fsvd_compile.errors import FactorizeError
 
 
-def tokenizer(text, verbose=True):
+def tokenizer(text):
     """One token a character, and one in front."""
-    assert verbose is False  # a long text is no mistake
     return types.SimpleNamespace(input_ids=[1, *(ord(c) % 90 + 2 for c in text)])
 
 
@@ -24,7 +25,7 @@ def test_one_text():
     assert [w.shape for w in windows] == [(1, 64)] * 3
     assert all(w.dtype == torch.int64 for w in windows)
     joined = torch.cat(calibration_windows(text, tokenizer, 64, 99), 1)[0]
-    assert joined.tolist() == tokenizer(text, verbose=False).input_ids[:256]
+    assert joined.tolist() == tokenizer(text).input_ids[:256]
     with pytest.raises(FactorizeError, match="300 tokens, fewer than one window of 301"):
         calibration_windows(text, tokenizer, 301, 1)
 
@@ -36,7 +37,7 @@ def test_one_text():
 def test_texts_and_rows_are_strung_together(as_given):
     texts = ["abc", "", "defgh", "ij"]
     (window,) = calibration_windows(as_given(texts), tokenizer, 13, 2)
-    expected = [i for t in texts for i in tokenizer(t, verbose=False).input_ids]
+    expected = [i for t in texts for i in tokenizer(t).input_ids]
     assert window[0].tolist() == expected[:13]
 
 
@@ -75,3 +76,12 @@ def test_factorize_takes_them():
     windows = calibration_windows(["some text", "and more of it"], tokenizer, 8, 2)
     factorize(model, 0.5, calibration=windows, progress=False)
     assert isinstance(model[1], LowRankLinear)
+
+
+def test_a_text_longer_than_the_model_is_no_mistake(caplog):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=5)
+    with caplog.at_level("WARNING", "transformers"):
+        (window,) = calibration_windows("a b " * 10, own, 20, 1)
+    assert window.tolist() == [[0, 1] * 10] and not caplog.records

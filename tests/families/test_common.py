@@ -7,6 +7,8 @@ import json
 import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
 
 import checkpoints
 import pytest
@@ -183,6 +185,39 @@ def test_a_copy_describes_itself(loaded, copied, saved, tmp_path):
         wanted = output(each) if wanted is None else wanted
         for read in (families.load, type(each).from_pretrained):
             assert torch.equal(output(read(folder)), wanted)
+
+
+def test_a_dense_model_of_a_factorized_ones_config(saved, tmp_path):
+    """Its config.json describes factors that its files do not hold: nothing is made up for them."""
+    model, _ = saved
+    type(model)(model.config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(
+        CheckpointError, match=r"14 modules are factorized.*delete quantization_config"
+    ):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    edit_config(tmp_path / "dense", lambda config: config.pop("quantization_config"))
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+
+
+def test_an_interrupted_import_of_transformers():
+    """The format is registered by the import that succeeds."""
+    script = """
+import sys
+import fsvd_compile
+sys.modules["transformers.quantizers.quantizer_awq"] = None
+try:
+    import transformers.quantizers.auto
+except ImportError:
+    pass
+else:
+    sys.exit("imported")
+del sys.modules["transformers.quantizers.quantizer_awq"]
+import transformers.quantizers.auto as auto
+assert "flashsvd" in auto.AUTO_QUANTIZER_MAPPING
+assert not [f for f in sys.meta_path if type(f).__module__.startswith("fsvd_compile")]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_model_that_is_dense_again(saved, tmp_path):
