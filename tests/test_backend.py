@@ -60,6 +60,19 @@ def test_without_kernels_ahead_of_time_it_still_works(monkeypatch, caplog):
     assert "not compiled ahead (RuntimeError: another mode is active)" in caplog.text
 
 
+def test_torchs_filter_of_guards_goes_among_the_options():
+    model, x = chain(), torch.randn(3, 48)
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options = {"guard_filter_fn": skip, "disable": ["lowrank_chain"]}  # torch takes the first out
+    compiled = torch.compile(model, backend="flashsvd", options=options)
+    with torch.no_grad(), collect() as reports:
+        for scale in (1, 2):
+            next(model.parameters()).mul_(scale)
+            assert_close("y", compiled(x), model(x), 1e-5)
+    (report,) = reports
+    assert "lowrank_chain" not in report.matches
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [

@@ -325,7 +325,9 @@ def test_defaults_of_tune(capsys):
 
 def test_tune_looks_for_the_folder_first(monkeypatch, capsys):
     monkeypatch.setattr(tune, "run", lambda *args, **kwargs: pytest.fail("measured"))
-    monkeypatch.setattr(decode, "_check_device", lambda device: None)  # a GPU is not needed for this
+    monkeypatch.setattr(
+        decode, "_check_device", lambda device: None
+    )  # a GPU is not needed for this
     monkeypatch.setattr(tune, "own_file", lambda: None)
     assert cli.main(["tune", "--model", "tiny", "--json", "/nowhere/rows.json"]) == 2
     assert "there is no folder /nowhere" in capsys.readouterr().err
