@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import zipfile
 from typing import Any
 
 import torch
@@ -172,6 +173,11 @@ def torch_load(file: pathlib.Path) -> Any:
     Raises:
         CheckpointError: it is damaged, or holds objects.
     """
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise CheckpointError(
+            f"{file} cannot be read as tensors: it is neither named *.safetensors nor written by torch.save since "
+            "torch 1.6 (a zip), or damaged."
+        )
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

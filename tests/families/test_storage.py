@@ -175,6 +175,14 @@ def test_damaged_and_hostile_code_files(tmp_path):
         families.load(made.path)
 
 
+def test_a_text_is_no_checkpoint(tmp_path):
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as tensors: it is neither .* \(a zip\)"
+    ):
+        families.inspect(tmp_path / "text.txt")
+
+
 VT, U = f"{K}.VT.weight", f"{K}.U"
 
 
