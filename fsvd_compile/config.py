@@ -73,10 +73,9 @@ class Config:
             return
         from torch._inductor import config as settings
 
-        known = settings.get_config_copy()
         for key, value in self.inductor.items():
-            if key not in known:
-                raise _bad("inductor", {key: value}, "keys of torch._inductor.config")
+            if not hasattr(settings, key):  # which knows dotted keys and aliases
+                raise _bad("inductor", {key: value}, "keys of torch._inductor.config, with _ for -")
             if key == "triton.cudagraphs" and value:
                 raise _bad(
                     "inductor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 import types
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from fsvd_compile.report import GraphReport, collect
+
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+def explain(model: torch.nn.Module, /, *args: Any, **kwargs: Any) -> Explanation:
     """Compile a model for these inputs and say what the backend did.
 
     The model is called once under `torch.no_grad()`, so a KV cache among the inputs advances as in any call. What was
@@ -93,7 +96,10 @@ def _caller(module: torch.nn.Module) -> Callable:
         return module(*args, **kwargs)
 
     return types.FunctionType(
-        call.__code__.replace(co_name="explained"), call.__globals__, closure=call.__closure__
+        # Sizes that changed it keeps by the code's place and name, for all functions of these.
+        call.__code__.replace(co_name=f"explained_{next(_numbers)}"),
+        call.__globals__,
+        closure=call.__closure__,
     )
 
 

@@ -105,8 +105,11 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
 
 
 def _answers(model: Any) -> Any:
-    """The module whose calls a model's `generate` makes: PEFT hands it on to the model that it adapts."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The module whose calls a model's `generate` makes: PEFT hands it on to the model that it adapts, as often as one
+    was put around it."""
+    while callable(getattr(model, "get_base_model", None)) and model.get_base_model() is not model:
+        model = model.get_base_model()
+    return model
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:

@@ -60,6 +60,12 @@ def test_without_kernels_ahead_of_time_it_still_works(monkeypatch, caplog):
     assert "not compiled ahead (RuntimeError: another mode is active)" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["max_autotune", "triton.cudagraphs", "force_disable_caches"])
+def test_settings_of_inductor(key):
+    """A plain one, one with a dot, and one that is another's second name."""
+    assert Config.of({"inductor": {key: False}}).inductor == {key: False}
+
+
 def test_torchs_filter_of_guards_goes_among_the_options():
     model, x = chain(), torch.randn(3, 48)
     skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -88,6 +94,7 @@ def test_torchs_filter_of_guards_goes_among_the_options():
         ({"disable": 5}, ["disable", "5", "list"]),
         ({"inductor": 3}, ["inductor", "3", "dict"]),
         ({"inductor": {"bogus": 1}}, ["inductor", "bogus", "torch._inductor.config"]),
+        ({"inductor": {"max-autotune": True}}, ["inductor", "max-autotune", "_ for -"]),
         (
             {"inductor": {"triton.cudagraphs": True}},
             ["inductor", "triton.cudagraphs", "cuda_graphs"],

@@ -94,6 +94,13 @@ def test_asking_takes_nothing_of_the_limit_of_recompilations():
     assert len(reports) == 1
 
 
+def test_other_models_sizes_do_not_change_what_is_told():
+    for width, tokens in ((40, 3), (48, 5), (56, 7)):
+        model = nn.Sequential(LowRankLinear(width, width, 3)).eval()
+        (graph,) = fsvd_compile.explain(model, torch.randn(tokens, width)).graphs
+        assert graph.tokens == tokens
+
+
 def in_place(model, **how):
     model.compile(**how)
     return model

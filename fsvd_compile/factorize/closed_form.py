@@ -72,18 +72,25 @@ def best_factors(
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)  # rounding makes zero eigenvalues slightly negative
     u = vectors[:, -rank:].flip(1)
-    if covariance is not None:
-        # Equal samples count once; the eigenvalues of the others are rounding.
-        known = int((values > values[-1] * torch.finfo(values.dtype).eps).sum())
-        known = min(known, rank, rank if samples is None else samples)
-        if known < rank:
-            core = weight if basis is None else basis.T @ weight
-            u = _completed(u[:, :known], core, rank)
+    known = rank if covariance is None else min(rank, _known(values, samples))
+    if known < rank:
+        core = weight if basis is None else basis.T @ weight
+        u = _completed(u[:, :known], core, rank)
     if basis is not None:
         u = basis @ u
     total = values.sum()
     error = (values[:-rank].sum() / total).sqrt().item() if total > 0 else 0.0
     return Factors(u.contiguous(), u.T @ weight, error)
+
+
+def _known(values: torch.Tensor, samples: int | None) -> int:
+    """How many eigenvalues are those of samples. Equal samples count once (in the first layer of a transformer every
+    token of one kind), where rounding is small enough to tell: in float32 it hides real ones."""
+    bound = len(values) if samples is None else samples
+    if values.dtype == torch.float64:
+        least = values[-1] * len(values) * torch.finfo(values.dtype).eps
+        bound = min(bound, int((values > least).sum()))
+    return bound
 
 
 def _completed(u: torch.Tensor, weight: torch.Tensor, rank: int) -> torch.Tensor:

@@ -73,11 +73,11 @@ def describe(model: Any) -> None:
     quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](entry, pre_quantized=True)
     own = copy.copy(shared)
     own.quantization_config = entry
-    # Nothing of the model changes before this line.
+    # Nothing of the model changes before this line; a quantizer without a config that names it does nothing.
+    quantizer.attend(model)
     for part in model.modules():
         if part.__dict__.get("config") is shared:
             part.config = own
-    quantizer.attend(model)
 
 
 def _register(registry: ModuleType) -> None:

@@ -53,18 +53,16 @@ def lower(graph: Graph, context: Context) -> int:
             parts[node] = _lower_expand(graph, node, expand, parts)
         else:
             _swap_target(graph, node)
-    for node in reversed(list(parts)):
-        _finish(graph, node, parts[node])
+    # What reads these was given a value, when it was added, by what stood there before.
+    late = [new for node in reversed(list(parts)) for new in _finish(graph, node, parts[node])]
     for node in list(graph.nodes):
         if kind_of(node) == "sdpa" and context.device == "cuda" and _of_any_length(node):
             # A node of its own: its result may lie otherwise than cuDNN's would.
-            _replace(graph, node, sdpa_of_any_length, *node.args, **node.kwargs)
+            late.append(_replace(graph, node, sdpa_of_any_length, *node.args, **node.kwargs))
         elif reads_weight_by_rows(node, context):
             given = arguments(node)
-            _replace(graph, node, gemv, given["input"], given["weight"], given["bias"])
-    memory.look()
-    # Also what was added: of two groups, one that reads the other was built before that had its last value.
-    refresh_values(memory, memory.added)
+            late.append(_replace(graph, node, gemv, given["input"], given["weight"], given["bias"]))
+    refresh_values(memory, {user for node in late for user in node.users})
     graph.lint()
     return lowered
 
@@ -140,9 +138,11 @@ def _swap_target(graph: Graph, node: Node) -> None:
             return
 
 
-def _replace(graph: Graph, node: Node, target: Callable, *args: Any, **kwargs: Any) -> None:
-    node.replace_all_uses_with(emit(graph, node, node, target, *args, **kwargs))
+def _replace(graph: Graph, node: Node, target: Callable, *args: Any, **kwargs: Any) -> Node:
+    new = emit(graph, node, node, target, *args, **kwargs)
+    node.replace_all_uses_with(new)
     graph.erase_node(node)
+    return new
 
 
 def _lower_shrink(graph: Graph, node: Node, op: Shrink) -> list[tuple[int, Node]]:
@@ -200,8 +200,12 @@ def _join(graph: Graph, node: Node, values: list[tuple[int, Node]]) -> Node:
     return emit(graph, node, node, torch.cat, [value for _, value in values], -1)
 
 
-def _finish(graph: Graph, node: Node, values: list[tuple[int, Node]]) -> None:
-    """Give every slice of a packed value its part; whoever needs the whole gets the parts joined."""
+def _finish(graph: Graph, node: Node, values: list[tuple[int, Node]]) -> list[Node]:
+    """Give every slice of a packed value its part; whoever needs the whole gets the parts joined.
+
+    Returns:
+        What stands in its place.
+    """
     taken: set[Node] = set()
     for user in list(node.users):
         given = arguments(user) if kind_of(user) == "narrow" else None
@@ -219,6 +223,9 @@ def _finish(graph: Graph, node: Node, values: list[tuple[int, Node]]) -> None:
         taken.add(part)
         user.replace_all_uses_with(part)
         graph.erase_node(user)
+    instead = [value for _, value in values]
     if node.users:
-        node.replace_all_uses_with(_join(graph, node, values))
+        instead.append(_join(graph, node, values))
+        node.replace_all_uses_with(instead[-1])
     graph.erase_node(node)
+    return instead

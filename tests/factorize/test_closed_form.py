@@ -87,6 +87,17 @@ def test_what_few_samples_leave_open_comes_from_the_weight(m, n, told):
     assert (weight - u @ v).norm().item() == pytest.approx(left.norm().item(), rel=1e-9)
 
 
+def test_equal_samples_count_once(m, n):
+    """As in a first layer, whose inputs are those of ten kinds of tokens; nobody says how many are different."""
+    weight, x, _ = _problem(4 * m, 4 * n, tokens=10)
+    x = x.repeat(50, 1)
+    rank = 4 * min(m, n) - 4
+    u, v, _ = best_factors(weight, x.T @ x, rank, len(x))
+    seen = torch.linalg.qr(weight @ x[:10].T)[0]
+    left = torch.linalg.svdvals(weight - seen @ (seen.T @ weight))[rank - 10 :]
+    assert (weight - u @ v).norm().item() == pytest.approx(left.norm().item(), rel=1e-9)
+
+
 def test_zero_weight_and_zero_covariance(m, n):
     weight, _, covariance = _problem(m, n)
     for w, c in ((weight * 0, covariance), (weight, covariance * 0)):
