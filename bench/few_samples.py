@@ -1,9 +1,10 @@
 """Perplexity after a calibration on few tokens: what they leave open comes from the weight itself.
 
-    make demo                      # gets the model
+    make demo                      # gets the model and the texts
     python bench/few_samples.py    # --tokens 0: plain SVD
 
-Calibrated on bench/NOTES.md, measured on the first 768 tokens of README.md, every linear layer but the head.
+SmolLM2-135M-Instruct in fp32, every linear layer but the head; calibrated on the first tokens of one half of the
+Wikipedia leads, measured on windows of the other.
 """
 
 from __future__ import annotations
@@ -11,46 +12,33 @@ from __future__ import annotations
 import argparse
 import copy
 import pathlib
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import sys
 
 from fsvd_compile import factorize
 
-ROOT = pathlib.Path(__file__).parent.parent
-MEASURED = 768
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+
+import smollm2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default=ROOT / ".demo" / "SmolLM2-135M-Instruct", help="a directory"
-    )
     parser.add_argument("--keep", type=float, default=0.95)
     parser.add_argument("--tokens", type=int, nargs="+", default=[0, 64, 256, 1024])
+    parser.add_argument(
+        "--windows", type=int, default=4, help="of 512 tokens (default %(default)s)"
+    )
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-
-    def ids(name: str) -> torch.Tensor:
-        text = (ROOT / name).read_text("utf-8")
-        return tokenizer(text, return_tensors="pt", verbose=False).input_ids
-
-    calibration, measured = ids("bench/NOTES.md"), ids("README.md")[:, :MEASURED]
-    print(f"dense: {perplexity(model, measured):.1f}", flush=True)
+    model, tokenizer = smollm2.load()
+    calibration = smollm2.windows(tokenizer, 1, max(args.tokens))
+    measured = smollm2.windows(tokenizer, args.windows, 512, held_out=True)
+    print(f"dense: {smollm2.perplexity(model, measured):.1f}", flush=True)
     for tokens in args.tokens:
         factorized = copy.deepcopy(model)
         given = [calibration[:, :tokens]] if tokens else None
         factorize(factorized, args.keep, calibration=given, progress=False)
-        print(
-            f"keep {args.keep:g}, {tokens} tokens: {perplexity(factorized, measured):.1f}",
-            flush=True,
-        )
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    return model(ids, labels=ids).loss.exp().item()
+        found = smollm2.perplexity(factorized, measured)
+        print(f"keep {args.keep:g}, {tokens} tokens: {found:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,8 @@ def _arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE")
     args = parser.parse_args()
-    if (
-        args.tokens < 3 * BLOCK or args.tokens % BLOCK
-    ):  # the first block is not counted, and two have fifths
+    # The first block is not counted, and fifths are of two at least.
+    if args.tokens < 3 * BLOCK or args.tokens % BLOCK:
         parser.error(
             f"--tokens {args.tokens}: it takes a multiple of {BLOCK}, at least {3 * BLOCK}"
         )

@@ -121,6 +121,11 @@ class LowRankLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer whose weight is `[in, out]`; by name, nothing is imported."""
+    return type(module).__name__ == "Conv1D"
+
+
 class BranchedLinear(nn.Module):
     """A dense linear layer with a low-rank pair beside it: `forward(x) = base(x) + branch(x)`.
 
@@ -139,7 +144,7 @@ class BranchedLinear(nn.Module):
     def __init__(self, base: nn.Module, branch: LowRankLinear) -> None:
         super().__init__()
         weight = getattr(base, "weight", None)
-        linear = isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"
+        linear = isinstance(base, nn.Linear) or is_conv1d(base)
         if not linear or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise FactorError(
                 f"BranchedLinear: base is a {type(base).__name__}; it takes an nn.Linear or a Conv1D."

@@ -107,8 +107,8 @@ def _through_compiled(compiled: OptimizedModule, generate: Callable) -> Callable
 def _answers(model: Any) -> Any:
     """The module whose calls a model's `generate` makes: PEFT hands it on to the model that it adapts, as often as one
     was put around it."""
-    while callable(getattr(model, "get_base_model", None)) and model.get_base_model() is not model:
-        model = model.get_base_model()
+    while callable(get := getattr(model, "get_base_model", None)) and (inner := get()) is not model:
+        model = inner
     return model
 
 

@@ -112,9 +112,8 @@ class Chain:
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> torch.Tensor:
         """The output of `layer`, in the place of the one at `index`, for the hidden states of a batch."""
-        own = next(
-            self.layers[index].parameters(), hidden
-        )  # an nn.Identity among the layers has none
+        # An nn.Identity among the layers has no parameters.
+        own = next(self.layers[index].parameters(), hidden)
         # A copy, for a layer may add to its input in place.
         with torch.compiler.set_stance("force_eager"):
             output = first_of(self._rest[index][batch](layer, hidden.to(own.device, copy=True)))

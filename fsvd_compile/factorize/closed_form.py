@@ -52,8 +52,8 @@ def best_factors(
 
     Fewer samples than the rank leave columns of U that this error does not determine. Of all optima the one with
     the least ||W - U V||_F is taken, the limit of C + e I for e to 0: they come from the singular vectors of what is
-    left of W. (SmolLM2-135M at keep 0.95, calibrated on 64 and 256 tokens: perplexity of another text 285 and 101,
-    and 1023 and 264 with columns as the eigensolver leaves them; `python bench/few_samples.py`.)
+    left of W. (SmolLM2-135M at keep 0.95, calibrated on 64 and 256 tokens: perplexity of other texts 515 and 173,
+    and 4429 and 618 with columns as the eigensolver leaves them; `python bench/few_samples.py`.)
 
     For out > in the m x m problem has rank n at most: with the thin QR W = Q R, W C W^T = Q (R C
     R^T) Q^T, and only the n x n matrix in the middle is decomposed.

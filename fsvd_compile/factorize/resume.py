@@ -20,9 +20,8 @@ from fsvd_compile.factorize.report import LayerReport, ModuleReport
 from fsvd_compile.factorize.select import Target
 
 _RUN = "run.json"
-_FORMAT = (
-    1  # another one where the reports have other fields, or the factors come from another method
-)
+# Another one where the reports have other fields, or the factors come from another method.
+_FORMAT = 1
 
 
 class Finished:

@@ -169,11 +169,8 @@ def _choose(
     if callable(select):
         picked = [name for name, module in candidates.items() if select(name, module)]
     else:
-        patterns = (
-            [select]
-            if isinstance(select, str) or not isinstance(select, Iterable)
-            else list(select)
-        )
+        several = isinstance(select, Iterable) and not isinstance(select, str)
+        patterns = list(select) if several else [select]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise FactorizeError(
                 f"select={patterns!r} has to be a predicate (name, module) -> bool or a list of "

@@ -59,7 +59,8 @@ def calibration_windows(
 
 def _tokens(texts: Iterable, tokenizer: Any, column: str) -> Iterator[list[int]]:
     # A text longer than the model's positions is what windows are for.
-    quiet = {"verbose": False} if isinstance(tokenizer, _transformers_own()) else {}
+    own = class_of("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")
+    quiet = {"verbose": False} if isinstance(tokenizer, own) else {}
     for i, item in enumerate(texts):
         if isinstance(item, Mapping):
             if column not in item:
@@ -73,7 +74,3 @@ def _tokens(texts: Iterable, tokenizer: Any, column: str) -> Iterator[list[int]]
                 f"one as {column!r}. Tokens need no windows: give them as batches [B, T]."
             )
         yield tokenizer(item, **quiet).input_ids
-
-
-def _transformers_own() -> type | tuple[()]:
-    return class_of("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")

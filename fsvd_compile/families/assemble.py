@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fsvd_compile.errors import CheckpointError
+from fsvd_compile.factorized import is_conv1d
 from fsvd_compile.families.adapters import (
     DENSE,
     FAMILIES,
@@ -183,7 +184,7 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
         transposed = {
             name
             for name, module in skeleton.named_modules()
-            if type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+            if is_conv1d(module) or isinstance(module, nn.Embedding)
         }
         names = _names((*adapter.deltas, *adapter.saved), skeleton, shapes, conversions)
         adapter = rekeyed(adapter, names)
@@ -229,7 +230,7 @@ def assemble(source: Source, adapter: Adapter | None = None, merging: bool = Tru
 
 def out_in(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """The weight of a linear module as `[out, in]`; transformers' Conv1D has it transposed."""
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def disguises(assembly: Assembly) -> dict[str, Disguised]:
@@ -317,7 +318,7 @@ def _model_class(transformers: Any, architecture: str, config: Any) -> type | No
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             yield name, linear_shape(module, name)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fsvd_compile.errors import CheckpointError, VersionError
-from fsvd_compile.factorized import BranchedLinear, LowRankLinear
+from fsvd_compile.factorized import BranchedLinear, LowRankLinear, is_conv1d
 from fsvd_compile.families.conversions import leave_alone
 from fsvd_compile.families.source import memory
 
@@ -137,7 +137,7 @@ def _owner(model: nn.Module, name: str, owner: str) -> LowRankLinear:
 def linear_shape(module: nn.Module, name: str) -> tuple[int, int]:
     """(out_features, in_features) of an nn.Linear or a transformers Conv1D."""
     weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+    if is_conv1d(module) and isinstance(weight, torch.Tensor):
         return weight.shape[1], weight.shape[0]
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
